@@ -1,0 +1,81 @@
+"""The four models as one record, and how each is read.
+
+| role | body | head | trained by PPO |
+|---|---|---|---|
+| policy | decoder | vocabulary logits at every token | yes |
+| reference | a copy of the policy before PPO | the same | never |
+| reward | decoder | one scalar, read at the last real token | never |
+| value | decoder, started from the reward model | one scalar at every token | yes |
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reference_impl import ops
+
+__all__ = ["Models", "critic_from_reward", "frozen_copy", "hidden_states", "positions", "response_logprobs", "scalars"]
+
+
+@dataclass(frozen=True)
+class Models:
+    """Policy and reference are causal language models; reward and value end in a linear head `score` of one output."""
+
+    policy: Any
+    reference: Any
+    reward: Any
+    value: Any
+    tokenizer: Any
+
+
+def freeze(model: Any) -> Any:
+    """The model itself, in eval mode and without gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def frozen_copy(model: Any) -> Any:
+    """An independent copy in eval mode and without gradients: how the reference is made from the policy."""
+    return freeze(copy.deepcopy(model))
+
+
+def critic_from_reward(reward: Any, token_classifier: Any) -> Any:
+    """`token_classifier` with the reward model's body and head; so V(s) starts as the score of the prefix s ([N+]).
+
+    Its head may have a bias, which is set to 0. It stays trainable, in eval mode, since dropout is off in PPO.
+    """
+    token_classifier.base_model.load_state_dict(reward.base_model.state_dict())
+    with torch.no_grad():
+        token_classifier.score.weight.copy_(reward.score.weight)
+        if token_classifier.score.bias is not None:
+            nn.init.zeros_(token_classifier.score.bias)
+    return token_classifier.eval().requires_grad_(True)
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position ids (B, L) that count real tokens from 0, so that padding on the left shifts nothing."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The body's last hidden states: ids and mask (B, L) → (B, L, D)."""
+    body = model.base_model
+    out = body(input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False)
+    hidden: Tensor = out.last_hidden_state
+    return hidden
+
+
+def scalars(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """The scalar head at every token: ids and mask (B, L) → (B, L)."""
+    out: Tensor = model.score(hidden_states(model, ids, attention_mask))
+    return out.squeeze(-1)
+
+
+def response_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, T: int, temperature: float) -> Tensor:
+    """log π of the last T of ids (B, P+T) → (B, T). The token at position p is predicted from position p-1."""
+    hidden = hidden_states(model, ids, attention_mask)[:, -T - 1 : -1]
+    return ops.token_logprobs(hidden, model.get_output_embeddings(), ids[:, -T:], temperature)

@@ -1,0 +1,169 @@
+"""A setup of the reference itself, built in seconds: what a healthy four-model RLHF looks like from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+
+from reference_impl import ppo, reward_modeling, roles, sft, task
+from reference_impl.roles import Models
+from reference_impl.rollout import encode_prompts, sample
+
+__all__ = ["assemble", "build_models", "build_setup", "build_tokenizer", "save_checkpoints"]
+
+POSITIONS = 64  # more than the longest prompt (10 tokens) and response (20)
+ROLES = ("policy", "reference", "reward", "value")
+
+
+def build_tokenizer() -> Any:
+    """One token a word and a mark: decoding and encoding again gives the same tokens."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: i for i, word in enumerate([*special, *task.vocabulary()])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", words["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=POSITIONS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _config(tokenizer: Any, **head: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype=torch.float32,
+        **head,
+    )
+
+
+def build_models(seed: int, *, trained: bool, noise: float = 0.0) -> Models:
+    """The four models, after SFT and reward modelling, or with random weights if not `trained`.
+
+    noise: the share of turned labels among the reward model's training pairs. Leaves the global generators alone.
+    """
+    rng, tokenizer = Random(seed), build_tokenizer()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.default_generator.manual_seed(seed)
+        policy: Any = LlamaForCausalLM(_config(tokenizer)).eval()
+        policy.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        policy.generation_config.max_new_tokens = task.RESPONSE_LENGTH
+        if trained:
+            for _ in sft.finetune(policy, tokenizer, task.demonstrations(2048, rng), batch_size=32, learning_rate=5e-3):
+                pass
+        reference = roles.frozen_copy(policy)
+
+        reward: Any = LlamaForSequenceClassification(_config(tokenizer, num_labels=1)).eval()
+        if trained:
+            reward.base_model.load_state_dict(policy.base_model.state_dict())
+            pairs = task.preference_pairs(2048, rng, noise=noise)
+            for _ in reward_modeling.train(reward, tokenizer, pairs, batch_size=32, learning_rate=2e-3):
+                pass
+            prompt = encode_prompts(tokenizer, task.prompts() * 4)
+            eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+            rollout = sample(reference, *prompt, T=task.RESPONSE_LENGTH, temperature=1.0, eos=eos, pad=pad)
+            reward_modeling.normalize(reward, rollout)
+        roles.freeze(reward)
+        critic: Any = LlamaForTokenClassification(_config(tokenizer, num_labels=1, classifier_dropout=0.0))
+        return Models(policy, reference, reward, roles.critic_from_reward(reward, critic), tokenizer)
+
+
+def assemble(
+    models: Models,
+    prompts: Sequence[str],
+    preferences: Sequence[tuple[str, str, str]],
+    settings: ppo.Settings | None = None,
+    parts: ppo.Parts | None = None,
+    kl_control: ppo.FixedKL | None = None,
+) -> dict[str, Any]:
+    """A dict of everything there is to examine, with `step` running one iteration on these very models.
+
+    Other models, `parts` or `settings` make another setup, a faulty one too.
+    """
+    s, parts = settings or ppo.Settings(), parts or ppo.Parts()
+    control = kl_control or ppo.FixedKL(s.kl_coef)
+    optimizers = list(ppo.make_optimizers(models, s))
+    prompts = list(prompts)
+
+    def step() -> dict[str, float]:
+        return ppo.ppo_step(models, prompts, optimizers, s, control, parts)
+
+    return {
+        **{role: getattr(models, role) for role in ROLES},
+        "tokenizer": models.tokenizer,
+        "prompts": prompts,
+        "preferences": list(preferences),
+        "step": step,
+        "optimizers": optimizers,
+        "state": [control] if isinstance(control, ppo.AdaptiveKL) else [],
+        "declared": {
+            **asdict(s),
+            "algorithm": "ppo",
+            "kl_estimator": "k1",
+            "kl_in": "reward",
+            "top_k": 0,
+            "top_p": 1.0,
+            "ent_coef": 0.0,
+            "prompt_length": max(map(len, models.tokenizer(prompts)["input_ids"])),
+            "dtype": "float32",
+            "reference": "policy",
+            "value_init": "reward",
+            "policy_init": "sft",
+            "kl_adaptive": isinstance(control, ppo.AdaptiveKL),
+            "loss_aggregation": "token-mean",
+            "shared_trunk": False,
+            "dense_rewards": False,
+        },
+    }
+
+
+def build_setup(seed: int = 0, *, trained: bool = True) -> dict[str, Any]:
+    """A healthy setup: policy, reference, reward, value, tokenizer, prompts, preferences, step, optimizers, state, declared.
+
+    The policy is fine-tuned on the task's demonstrations, the reward model trained on its preference pairs and scaled on
+    samples of the reference; with `trained` false both have random weights. The same seed gives the same weights, and
+    the caller's random generators are left as they were.
+    """
+    held_out = task.preference_pairs(128, Random(f"held out {seed}"))
+    return assemble(build_models(seed, trained=trained), task.prompts(), held_out)
+
+
+def save_checkpoints(setup: dict[str, Any], folder: str | Path) -> dict[str, Path]:
+    """Writes the four models, each with the tokenizer, to folder/policy, /reference, /reward and /value as safetensors.
+
+    Returns the four folders by role.
+    """
+    folders = {role: Path(folder) / role for role in ROLES}
+    for role, path in folders.items():
+        setup[role].save_pretrained(path)
+        setup["tokenizer"].save_pretrained(path)
+    return folders
