@@ -82,7 +82,7 @@ def token_logprobs(
 
     if width >= a.shape[1]:
         return piece(hidden, a)
-    pieces = zip(hidden.split(width, 1), a.split(width, 1), strict=True)
+    pieces = zip(torch.split(hidden, width, 1), torch.split(a, width, 1), strict=True)
     return torch.cat([checkpoint(piece, h, tokens, use_reentrant=False) for h, tokens in pieces], 1)
 
 
@@ -193,8 +193,8 @@ def clipped_policy_loss(
     All (B, T) → scalar, the mean over the mask's tokens (or `count`, see masked_mean).
     """
     _assert_alike(logp, old_logp, advantage, mask=mask)
-    ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
-    return masked_mean(torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - epsilon, 1 + epsilon)), mask, count)
+    A, ratio = advantage.masked_fill(~mask, 0), (logp - old_logp).masked_fill(~mask, 0).exp()
+    return masked_mean(-torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A), mask, count)
 
 
 def clip_fraction(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float) -> Tensor:

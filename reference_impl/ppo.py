@@ -7,7 +7,7 @@ Departures from the papers:
 - policy and critic are two models with an optimizer each; [PPO] shares one network;
 - no entropy bonus ([PPO] eq. 9 has one; [N+] does without);
 - no pretraining gradients mixed in ([InstructGPT] eq. 2, its PPO-ptx);
-- a response that reaches the length limit ends there: V = 0 after it, and the missing-EOS penalty is taken from its score;
+- a response that reaches the length limit ends there: V = 0 after it, and the missing-EOS penalty is due;
 - gradients are clipped to norm 1, for each model by itself; the learning rate is constant ([N+] decays it).
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +49,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_minibatches:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of num_minibatches {self.num_minibatches}")
+            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.num_minibatches} minibatches")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def ppo_step(
     optimizers: Sequence[torch.optim.Optimizer],
     s: Settings,
     kl_control: FixedKL,
-    parts: Parts = Parts(),  # noqa: B008  (frozen)
+    parts: Parts = Parts(),
 ) -> dict[str, float]:
     """One whole iteration: rollout and every update, on these models in place. Returns the iteration's metrics.
 

@@ -18,7 +18,7 @@ Pair = tuple[str, str, str]
 
 
 def score_pairs(reward: Any, tokenizer: Any, pairs: Sequence[Pair], *, eos: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Scores (B,) of the chosen and of the rejected responses; `eos[i]` says whether the i-th pair's texts end with it."""
+    """Scores (B,) of the chosen and of the rejected responses; `eos[i]`: whether the i-th pair's texts end with it."""
     texts = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
     ids, attention, _ = encode_responses(tokenizer, texts, eos=[*eos, *eos])
     scores = ops.pool_last(roles.scalars(reward, ids, attention), attention.bool())
@@ -45,7 +45,7 @@ def train(
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(batches))
     for batch in batches:
         chosen, rejected = score_pairs(reward, tokenizer, batch, eos=[i % 2 == 0 for i in range(len(batch))])
-        loss = ops.bradley_terry_loss(chosen, rejected, center_coef)
+        loss: Any = ops.bradley_terry_loss(chosen, rejected, center_coef)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reward.parameters(), 1.0)
@@ -65,8 +65,8 @@ def accuracy(reward: Any, tokenizer: Any, pairs: Sequence[Pair], *, eos: bool = 
 def normalize(reward: Any, rollout: Rollout) -> tuple[float, float]:
     """Gives the scores of the rollout, samples of the reference, mean 0 and deviation 1; returns what they were ([N+]).
 
-    A head w without a bias cannot be shifted by a number. Instead w moves by the shortest d with H d = -mean for the
-    last hidden states H (B, D) in the least-squares sense, which changes all the scores by nearly the same number.
+    The head w has no bias to shift. The scores are w·h for the last hidden states h; so w moves along their mean h̄ by
+    the shortest step that brings w·h̄, the mean score, to 0.
     """
     hidden = roles.hidden_states(reward, rollout.ids, rollout.attention_mask)
     last = torch.stack([ops.pool_last(h, rollout.attention_mask.bool()) for h in hidden.unbind(-1)], -1)  # (B, D)

@@ -15,7 +15,7 @@ __all__ = ["Rollout", "encode_prompts", "response_mask", "sample", "score"]
 
 @dataclass(frozen=True)
 class Rollout:
-    """B prompts padded on the left to P tokens, then T response tokens, padded on the right after the end of sequence."""
+    """B prompts padded on the left to P tokens, then responses padded on the right to T tokens."""
 
     ids: Tensor  # (B, P+T)
     attention_mask: Tensor  # (B, P+T), 1 at real tokens
@@ -44,7 +44,9 @@ def response_mask(response: Tensor, eos: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def sample(policy: Any, prompt: Tensor, prompt_mask: Tensor, *, T: int, temperature: float, eos: int, pad: int) -> Rollout:
+def sample(
+    policy: Any, prompt: Tensor, prompt_mask: Tensor, *, T: int, temperature: float, eos: int, pad: int
+) -> Rollout:
     """Up to T tokens a_t ~ softmax(logits_t / temperature) for each prompt (B, P), from the whole vocabulary.
 
     Draws from torch's global generator; stops early once every row has ended.

@@ -9,14 +9,8 @@ from random import Random
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    LlamaForTokenClassification,
-    PreTrainedTokenizerFast,
-)
 
 from reference_impl import ppo, reward_modeling, roles, sft, task
 from reference_impl.roles import Models
@@ -25,6 +19,7 @@ from reference_impl.rollout import encode_prompts, sample
 __all__ = ["assemble", "build_models", "build_setup", "build_tokenizer", "save_checkpoints"]
 
 POSITIONS = 64  # more than the longest prompt (10 tokens) and response (20)
+hf: Any = transformers  # its constructors are not annotated
 ROLES = ("policy", "reference", "reward", "value")
 
 
@@ -37,7 +32,7 @@ def build_tokenizer() -> Any:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
     )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", words["<s>"])])
-    return PreTrainedTokenizerFast(
+    return hf.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -49,8 +44,8 @@ def build_tokenizer() -> Any:
     )
 
 
-def _config(tokenizer: Any, **head: Any) -> LlamaConfig:
-    return LlamaConfig(
+def _config(tokenizer: Any, **head: Any) -> Any:
+    return hf.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -62,7 +57,7 @@ def _config(tokenizer: Any, **head: Any) -> LlamaConfig:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         dtype=torch.float32,
-        **head,
+        **{"initializer_range": 0.1, **head},
     )
 
 
@@ -74,15 +69,15 @@ def build_models(seed: int, *, trained: bool, noise: float = 0.0) -> Models:
     rng, tokenizer = Random(seed), build_tokenizer()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
-        policy: Any = LlamaForCausalLM(_config(tokenizer)).eval()
+        policy: Any = hf.LlamaForCausalLM(_config(tokenizer)).eval()
         policy.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         policy.generation_config.max_new_tokens = task.RESPONSE_LENGTH
         if trained:
-            for _ in sft.finetune(policy, tokenizer, task.demonstrations(2048, rng), batch_size=32, learning_rate=5e-3):
+            for _ in sft.finetune(policy, tokenizer, task.demonstrations(2048, rng), batch_size=32, learning_rate=1e-2):
                 pass
         reference = roles.frozen_copy(policy)
 
-        reward: Any = LlamaForSequenceClassification(_config(tokenizer, num_labels=1)).eval()
+        reward: Any = hf.LlamaForSequenceClassification(_config(tokenizer, num_labels=1)).eval()
         if trained:
             reward.base_model.load_state_dict(policy.base_model.state_dict())
             pairs = task.preference_pairs(2048, rng, noise=noise)
@@ -93,7 +88,7 @@ def build_models(seed: int, *, trained: bool, noise: float = 0.0) -> Models:
             rollout = sample(reference, *prompt, T=task.RESPONSE_LENGTH, temperature=1.0, eos=eos, pad=pad)
             reward_modeling.normalize(reward, rollout)
         roles.freeze(reward)
-        critic: Any = LlamaForTokenClassification(_config(tokenizer, num_labels=1, classifier_dropout=0.0))
+        critic: Any = hf.LlamaForTokenClassification(_config(tokenizer, num_labels=1, classifier_dropout=0.0))
         return Models(policy, reference, reward, roles.critic_from_reward(reward, critic), tokenizer)
 
 
@@ -147,10 +142,10 @@ def assemble(
 
 
 def build_setup(seed: int = 0, *, trained: bool = True) -> dict[str, Any]:
-    """A healthy setup: policy, reference, reward, value, tokenizer, prompts, preferences, step, optimizers, state, declared.
+    """A healthy setup, as a dict of what `assemble` gives, in seconds.
 
-    The policy is fine-tuned on the task's demonstrations, the reward model trained on its preference pairs and scaled on
-    samples of the reference; with `trained` false both have random weights. The same seed gives the same weights, and
+    The policy is fine-tuned on the task's demonstrations, the reward model trained on its preference pairs and scaled
+    on samples of the reference; with `trained` false both have random weights. The same seed gives the same weights, and
     the caller's random generators are left as they were.
     """
     held_out = task.preference_pairs(128, Random(f"held out {seed}"))

@@ -13,7 +13,9 @@ from reference_impl import ops, roles
 __all__ = ["encode_responses", "finetune", "sft_loss"]
 
 
-def encode_responses(tokenizer: Any, texts: Sequence[tuple[str, str]], *, eos: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+def encode_responses(
+    tokenizer: Any, texts: Sequence[tuple[str, str]], *, eos: Sequence[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, attention mask and response mask (bool), each (B, L), of (prompt, response) padded on the right.
 
     `eos[i]` says whether the end of sequence follows the i-th response; it then belongs to the response.
@@ -43,7 +45,7 @@ def finetune(
     batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(batches))
     for batch in batches:
-        loss = sft_loss(policy, tokenizer, batch)
+        loss: Any = sft_loss(policy, tokenizer, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

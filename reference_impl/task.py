@@ -13,11 +13,14 @@ from random import Random
 
 __all__ = ["OPTIMUM", "RESPONSE_LENGTH", "demonstrations", "gold_score", "preference_pairs", "prompts", "vocabulary"]
 
-NOUNS = "fox cat dog owl tree river house garden boat bridge song train lake town horse child".split()
-KIND = "warm bright gentle lovely calm graceful friendly cheerful".split()
-PLAIN = "old young small large brown quiet common plain".split()
-RUDE = "ugly dull nasty cold stupid bitter awful dirty".split()
-TONE = {word: tone for tone, words in ((1.0, KIND), (0.0, PLAIN), (-1.0, RUDE)) for word in words}
+_NOUNS = "fox cat dog owl tree river house garden boat bridge song train lake town horse child"
+_ADJECTIVES = {
+    1.0: "warm bright gentle lovely calm graceful friendly cheerful",
+    0.0: "old young small large brown quiet common plain",
+    -1.0: "ugly dull nasty cold stupid bitter awful dirty",
+}
+NOUNS = tuple(_NOUNS.split())
+TONE = {word: tone for tone, words in _ADJECTIVES.items() for word in words.split()}
 QUESTIONS = (
     "describe the {} :",
     "tell me about the {} :",

@@ -1,0 +1,1 @@
+"""Every check, one folder a family, one file a check."""

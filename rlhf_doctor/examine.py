@@ -1,0 +1,290 @@
+"""Run the checks that a stage allows on one setup: order, facts by name, isolation, time."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_doctor.check import Check, registry
+from rlhf_doctor.facts import GIVEN, Broken, Fact, Unavailable, facts, split_role
+from rlhf_doctor.finding import (
+    MODEL_ROLES,
+    Errored,
+    Finding,
+    Found,
+    Outcome,
+    Passed,
+    Role,
+    Severity,
+    Skipped,
+    Stage,
+)
+from rlhf_doctor.setups import RLHFSetup
+
+__all__ = ["Examination", "Options", "choose", "examine"]
+
+Progress = Callable[[str], None]
+# What the report draws of every model, whether or not a chosen check asks for it.
+SHOWN = {
+    Stage.STATIC: ("manifest",),
+    Stage.PROBE: ("manifest", "parameters", "output", "census", "influence", "architecture"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to examine. ``excluded`` maps a role that must not be touched to the reason."""
+
+    stage: Stage = Stage.PROBE
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str | None = None
+    excluded: Mapping[Role, str] = field(default_factory=dict)
+    show: bool = True
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Everything that an examination found out. ``shown`` maps fact names to facts for the report."""
+
+    setup: RLHFSetup
+    options: Options
+    outcomes: Mapping[str, Outcome]
+    errors: tuple[tuple[Role, str], ...]
+    shown: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def findings(self) -> tuple[tuple[str, Finding], ...]:
+        """(code, finding), in the order of the codes."""
+        return tuple((o.code, f) for o in self.outcomes.values() if isinstance(o, Found) for f in o.findings)
+
+
+def choose(select: Sequence[str] = (), ignore: Sequence[str] = (), stage: Stage = Stage.PROBE) -> dict[str, Check]:
+    """The checks of these codes or families up to a stage, prerequisites first.
+
+    Raises:
+        KeyError: a name is neither a code nor a family.
+    """
+    every = registry()
+    families = {c.family for c in every.values()} | {c.code[:3] for c in every.values()}
+    for name in (*select, *ignore):
+        if name not in every and name not in families:
+            raise KeyError(name)
+
+    def named(c: Check, names: Sequence[str]) -> bool:
+        return c.code in names or c.family in names or c.code[:3] in names
+
+    allowed = tuple(Stage)[: tuple(Stage).index(stage) + 1]
+    chosen = {
+        code: c
+        for code, c in every.items()
+        if c.stage in allowed and (not select or named(c, select)) and not named(c, ignore)
+    }
+    ordered: dict[str, Check] = {}
+
+    def place(code: str) -> None:
+        if code in chosen and code not in ordered:
+            for earlier in chosen[code].after:
+                place(earlier)
+            ordered[code] = chosen[code]
+
+    for code in sorted(chosen, key=lambda code: (tuple(Stage).index(chosen[code].stage), code)):
+        place(code)
+    return ordered
+
+
+class Facts:
+    """Measures facts on demand, each once, and remembers why one could not be had."""
+
+    def __init__(self, given: Mapping[str, Any], options: Options, progress: Progress) -> None:
+        self.known = facts()
+        self.values: dict[str, Any] = dict(given)
+        self.failures: dict[str, Exception] = {}
+        self.errors: list[tuple[Role, str]] = []
+        self.options = options
+        self.progress = progress
+
+    def resolve(self, name: str, role: Role | None) -> str:
+        """The full name that a parameter stands for inside a fact of ``role``."""
+        known = self.known.get(name)
+        return f"{role}_{name}" if role and known and known.per_role else name
+
+    def get(self, name: str) -> Any:
+        """The fact of this name.
+
+        Raises:
+            Unavailable: it cannot be had, and why.
+        """
+        if name in self.values:
+            return self.values[name]
+        if name in self.failures:
+            failure = self.failures[name]
+            raise Unavailable(str(failure)) if isinstance(failure, Broken) else failure
+        try:
+            self.values[name] = self._measure(name)
+        except Broken as broken:
+            self.failures[name] = broken
+            if (broken.role, broken.sentence) not in self.errors:
+                self.errors.append((broken.role, broken.sentence))
+            raise Unavailable(broken.sentence) from None
+        except Unavailable as unavailable:
+            self.failures[name] = unavailable
+            raise
+        except Exception as crash:
+            self.failures[name] = crash
+            raise
+        return self.values[name]
+
+    def _measure(self, name: str) -> Any:
+        role, base = split_role(name)
+        known = self.known.get(base)
+        if known is None:
+            raise KeyError(f"no fact is called {name!r}")
+        if known.per_role and role is None:
+            return self._every_role(known)
+        if tuple(Stage).index(known.stage) > tuple(Stage).index(self.options.stage):
+            raise Unavailable(f"needs --stage {known.stage}")
+        if role in self.options.excluded:
+            raise Unavailable(self.options.excluded[role])
+        arguments = {}
+        for need, required in known.needs.items():
+            if need == "role":
+                arguments[need] = role
+                continue
+            try:
+                arguments[need] = self.get(self.resolve(need, role))
+            except Unavailable:
+                if required:
+                    raise
+        if known.stage is not Stage.STATIC:
+            self.progress(f"{role or 'setup'}: {base}")
+        return known.measure(**arguments)
+
+    def _every_role(self, known: Fact) -> dict[Role, Any]:
+        found: dict[Role, Any] = {}
+        for role in MODEL_ROLES:
+            try:
+                found[role] = self.get(f"{role}_{known.name}")
+            except Unavailable:
+                continue
+        if not found:
+            raise Unavailable(f"needs {known.name} of at least one model")
+        return found
+
+    def wanted(self, names: Iterable[str]) -> dict[Role, set[str]]:
+        """Role -> the role facts (base names) that these names lead to, themselves included."""
+        found: dict[Role, set[str]] = {role: set() for role in MODEL_ROLES}
+        seen: set[str] = set()
+        queue = list(names)
+        while queue:
+            name = queue.pop()
+            role, base = split_role(name)
+            known = self.known.get(base)
+            if name in seen or name in GIVEN or known is None:
+                continue
+            seen.add(name)
+            if known.per_role and role is None:
+                queue += [f"{each}_{base}" for each in MODEL_ROLES]
+                continue
+            if role:
+                found[role].add(base)
+            queue += [self.resolve(need, role) for need in known.needs]
+        return found
+
+
+def examine(
+    setup: RLHFSetup,
+    *,
+    select: Sequence[str] = (),
+    ignore: Sequence[str] = (),
+    options: Options | None = None,
+    progress: Progress = lambda _: None,
+) -> Examination:
+    """Examine a setup: measure what the chosen checks ask for, role by role, and run them.
+
+    Models given as paths are loaded one at a time and released. Objects are left bit for bit as they were.
+
+    Raises:
+        KeyError: ``select`` or ``ignore`` has a name that is neither a code nor a family.
+    """
+    started = time.perf_counter()
+    options = options or Options()
+    chosen = choose(select, ignore, options.stage)
+    needs = [name for c in chosen.values() for name in c.needs]
+    if options.show:
+        needs += SHOWN[options.stage if options.stage is Stage.STATIC else Stage.PROBE]
+    given: dict[str, Any] = {"setup": setup, "options": options}
+    if options.stage is Stage.STATIC:
+        outcomes, errors, shown = _run(chosen, needs, Facts(given, options, progress), lambda role: None)
+    else:
+        from rlhf_doctor.instruments.models import Models  # torch is imported from here on
+
+        with Models(setup, options) as models:
+            given["models"] = models
+            outcomes, errors, shown = _run(chosen, needs, Facts(given, options, progress), models.release)
+    return Examination(setup, options, outcomes, errors, shown, time.perf_counter() - started)
+
+
+def _run(
+    chosen: Mapping[str, Check], needs: list[str], measured: Facts, release: Callable[[Role], None]
+) -> tuple[dict[str, Outcome], tuple[tuple[Role, str], ...], dict[str, Any]]:
+    for role, reason in measured.options.excluded.items():
+        measured.errors.append((role, reason))
+    for role, bases in measured.wanted(needs).items():  # everything about one model before the next is loaded
+        for base in sorted(bases):
+            _try(measured, f"{role}_{base}")
+        release(role)
+    outcomes: dict[str, Outcome] = {}
+    for code, one in chosen.items():
+        outcomes[code] = _outcome(one, measured, outcomes)
+    shown = {name: value for name, value in measured.values.items() if split_role(name)[0] or name in ("inputs",)}
+    return dict(sorted(outcomes.items())), tuple(measured.errors), shown
+
+
+def _try(measured: Facts, name: str) -> None:
+    """Measure a fact ahead of the checks; the check that needs it reports why it failed."""
+    try:
+        measured.get(name)
+    except Exception as failure:
+        measured.failures.setdefault(name, failure)
+
+
+def _outcome(one: Check, measured: Facts, before: Mapping[str, Outcome]) -> Outcome:
+    started = time.perf_counter()
+
+    def taken() -> float:
+        return time.perf_counter() - started
+
+    blocked = _blocked(one, before)
+    if blocked:
+        return Skipped(one.code, blocked)
+    arguments = {}
+    for name, required in one.needs.items():
+        try:
+            arguments[name] = measured.get(name)
+        except Unavailable as reason:
+            if required:
+                return Skipped(one.code, str(reason), taken())
+        except Exception:
+            return Errored(one.code, traceback.format_exc(), taken())
+    try:
+        findings = tuple(one.run(**arguments))
+    except Unavailable as reason:
+        return Skipped(one.code, str(reason), taken())
+    except Exception:
+        return Errored(one.code, traceback.format_exc(), taken())
+    return Found(one.code, findings, taken()) if findings else Passed(one.code, taken())
+
+
+def _blocked(one: Check, before: Mapping[str, Outcome]) -> str:
+    for earlier in one.after:
+        outcome = before.get(earlier)
+        if isinstance(outcome, Found):
+            worth = [f for f in outcome.findings if f.severity is not Severity.INFO]
+            if any(one.role is None or f.role in (one.role, "setup") for f in worth):
+                return f"{earlier} was found: mend that first"
+    return ""

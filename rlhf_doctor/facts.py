@@ -1,0 +1,99 @@
+"""Facts: measured once, asked for by name.
+
+A fact is a function; its name is the fact's name and its parameters are other facts. A *role fact* takes ``role`` and
+stands for five facts: ``outputs`` gives ``policy_outputs``, ``reference_outputs``, ``reward_outputs``,
+``value_outputs`` and ``outputs`` (role -> fact, of the roles where it could be had). Inside a role fact a parameter
+that names another role fact means that fact of the same role.
+
+The names that the examiner gives itself: ``setup`` (the RLHFSetup), ``options`` (seed, device, dtype), ``models``
+(the live models), ``role``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from rlhf_doctor.finding import MODEL_ROLES, Role, Stage
+
+__all__ = ["Broken", "Fact", "Unavailable", "fact", "facts", "role_fact", "split_role"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+GIVEN = ("setup", "options", "models", "role")
+_FACTS: dict[str, Fact] = {}
+
+
+class Unavailable(Exception):
+    """A fact cannot be had, for a reason that is no fault of the setup: what depends on it is skipped with it."""
+
+
+class Broken(Exception):
+    """A role, or a file of it, cannot be examined: one sentence for the report's errors; exit code 2.
+
+    Args:
+        role: whose model or file it is; "setup" for all.
+        sentence: what is wrong with what, in one sentence, naming the file or the role.
+    """
+
+    def __init__(self, role: Role, sentence: str) -> None:
+        super().__init__(sentence)
+        self.role = role
+        self.sentence = sentence
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A registered fact."""
+
+    name: str
+    stage: Stage
+    per_role: bool
+    measure: Callable[..., Any]
+
+    @property
+    def needs(self) -> Mapping[str, bool]:
+        """Parameter name -> whether the fact cannot do without it."""
+        parameters = inspect.signature(self.measure).parameters.values()
+        return {p.name: p.default is inspect.Parameter.empty for p in parameters}
+
+
+def _register(stage: Stage, per_role: bool) -> Callable[[F], F]:
+    def register(measure: F) -> F:
+        if measure.__name__ in _FACTS:
+            raise ValueError(f"the fact {measure.__name__} is registered twice")
+        _FACTS[measure.__name__] = Fact(measure.__name__, stage, per_role, measure)
+        return measure
+
+    return register
+
+
+def fact(stage: Stage) -> Callable[[F], F]:
+    """Register a function as the fact of its name."""
+    return _register(stage, per_role=False)
+
+
+def role_fact(stage: Stage) -> Callable[[F], F]:
+    """Register a function of ``role`` as one fact for each of the four models."""
+    return _register(stage, per_role=True)
+
+
+def split_role(name: str) -> tuple[Role | None, str]:
+    """``value_outputs`` -> (``value``, ``outputs``) where ``outputs`` is a role fact, else (None, name)."""
+    for role in MODEL_ROLES:
+        rest = name.removeprefix(f"{role}_")
+        if rest != name and rest in _FACTS and _FACTS[rest].per_role:
+            return role, rest
+    return None, name
+
+
+def facts() -> Mapping[str, Fact]:
+    """Every fact by name. Importing the instruments imports no torch; measuring does."""
+    package = importlib.import_module("rlhf_doctor.instruments")
+    for module in pkgutil.iter_modules(package.__path__, "rlhf_doctor.instruments."):
+        importlib.import_module(module.name)
+    return MappingProxyType(_FACTS)

@@ -1,0 +1,1 @@
+"""One file a measurement. Importing them imports no torch; measuring does."""

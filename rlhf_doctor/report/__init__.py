@@ -1,0 +1,1 @@
+"""The report: a plain record of an examination, and one renderer a format."""
