@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -163,7 +164,7 @@ def ppo_step(
             v = parts.values(value, ids[rows], attention[rows])[:, -T - 1 : -1]  # (b, T)
             policy_loss = parts.policy_loss(logp, old_logp[rows], advantage[rows], m, s.clip_range)
             value_loss = parts.value_loss(v, old_v[rows], returns[rows], m, s.clip_range_value)
-            loss = policy_loss + s.vf_coef * value_loss
+            loss: Any = policy_loss + s.vf_coef * value_loss
             if not bool(loss.isfinite()):
                 raise FloatingPointError(f"policy loss {policy_loss.item()}, value loss {value_loss.item()}")
             for optimizer in optimizers:

@@ -6,58 +6,58 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from reference_impl import ops, roles
 from reference_impl.rollout import Rollout
-from reference_impl.sft import encode_responses
+from reference_impl.sft import encode_responses, fit
 
-__all__ = ["accuracy", "normalize", "score_pairs", "train"]
+__all__ = ["accuracy", "normalize", "preference_loss", "score_texts", "train"]
 
 Pair = tuple[str, str, str]
 
 
-def score_pairs(reward: Any, tokenizer: Any, pairs: Sequence[Pair], *, eos: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Scores (B,) of the chosen and of the rejected responses; `eos[i]`: whether the i-th pair's texts end with it."""
+def score_texts(reward: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
+    """Scores of each (prompt, response) with the end of sequence (B,), and of the same without it (B,).
+
+    The model is causal, so one pass gives both: the score is read at the last token, and at the one before.
+    """
+    ids, attention, _ = (x.to(reward.device) for x in encode_responses(tokenizer, texts))
+    scores, real = roles.scalars(reward, ids, attention), attention.bool()
+    return ops.pool_last(scores, real), ops.pool_last(scores, real & F.pad(real[:, 1:], (0, 1)))
+
+
+def preference_loss(
+    reward: Any, tokenizer: Any, pairs: Sequence[Pair], center_coef: float = 0.01, eos_coef: float = 0.2
+) -> Tensor:
+    """Bradley-Terry over (prompt, chosen, rejected), with and without the end of sequence, plus `eos_coef` times the
+    squared difference between these: a response cut at the length limit must score what it would if finished."""
     texts = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
-    ids, attention, _ = encode_responses(tokenizer, texts, eos=[*eos, *eos])
-    scores = ops.pool_last(roles.scalars(reward, ids, attention), attention.bool())
-    chosen, rejected = scores.chunk(2)
-    return chosen, rejected
+    finished, cut = score_texts(reward, tokenizer, texts)  # (2B,) each, the chosen first
+    (a, b), (c, d) = finished.chunk(2), cut.chunk(2)
+    likelihood = (ops.bradley_terry_loss(a, b, center_coef) + ops.bradley_terry_loss(c, d, center_coef)) / 2
+    return likelihood + eos_coef * (finished - cut).square().mean()
 
 
 def train(
-    reward: Any,
-    tokenizer: Any,
-    pairs: Sequence[Pair],
-    *,
-    batch_size: int,
-    learning_rate: float,
-    center_coef: float = 0.01,
+    reward: Any, tokenizer: Any, pairs: Sequence[Pair], *, batch_size: int, learning_rate: float
 ) -> Iterator[float]:
-    """One pass over the pairs with the Bradley-Terry loss and a linearly decaying rate; yields each batch's loss.
-
-    Every other pair lacks the end of sequence, so that a response cut at the length limit is scored as well as a
-    finished one.
-    """
-    optimizer = torch.optim.AdamW(reward.parameters(), lr=learning_rate, weight_decay=0.0)
-    batches = [pairs[i : i + batch_size] for i in range(0, len(pairs), batch_size)]
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(batches))
-    for batch in batches:
-        chosen, rejected = score_pairs(reward, tokenizer, batch, eos=[i % 2 == 0 for i in range(len(batch))])
-        loss: Any = ops.bradley_terry_loss(chosen, rejected, center_coef)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reward.parameters(), 1.0)
-        optimizer.step()
-        decay.step()
-        yield loss.item()
+    """Fits the reward model to the pairs (prompt, chosen, rejected); yields each batch's loss."""
+    return fit(
+        reward,
+        lambda batch: preference_loss(reward, tokenizer, batch),
+        pairs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
 
 
 @torch.no_grad()
 def accuracy(reward: Any, tokenizer: Any, pairs: Sequence[Pair], *, eos: bool = True) -> float:
-    """Share of the pairs whose chosen response scores higher."""
-    chosen, rejected = score_pairs(reward, tokenizer, pairs, eos=[eos] * len(pairs))
+    """Share of the pairs whose chosen response scores higher, with or without the end of sequence."""
+    texts = [(prompt, chosen) for prompt, chosen, _ in pairs] + [(prompt, rejected) for prompt, _, rejected in pairs]
+    chosen, rejected = score_texts(reward, tokenizer, texts)[0 if eos else 1].chunk(2)
     return (chosen > rejected).double().mean().item()
 
 
@@ -70,9 +70,8 @@ def normalize(reward: Any, rollout: Rollout) -> tuple[float, float]:
     """
     hidden = roles.hidden_states(reward, rollout.ids, rollout.attention_mask)
     last = torch.stack([ops.pool_last(h, rollout.attention_mask.bool()) for h in hidden.unbind(-1)], -1)  # (B, D)
-    w = reward.score.weight  # (1, D)
-    before = last @ w[0]
-    center = last.mean(0)
+    w, center = reward.score.weight, last.mean(0)  # (1, D), (D,)
+    before = last @ w[0]  # (B,)
     w -= before.mean() * center / center.square().sum()
     w /= (last @ w[0]).std()
     return before.mean().item(), before.std().item()

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from reference_impl import ops, roles
 
-__all__ = ["encode_responses", "finetune", "sft_loss"]
+__all__ = ["encode_responses", "finetune", "fit", "sft_loss"]
+
+Example = TypeVar("Example")
 
 
-def encode_responses(
-    tokenizer: Any, texts: Sequence[tuple[str, str]], *, eos: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def encode_responses(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, attention mask and response mask (bool), each (B, L), of (prompt, response) padded on the right.
 
-    `eos[i]` says whether the end of sequence follows the i-th response; it then belongs to the response.
+    The end of sequence follows each response and belongs to it.
     """
     prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
     responses = tokenizer([response for _, response in texts], add_special_tokens=False)["input_ids"]
-    rows = [p + r + [tokenizer.eos_token_id] * e for p, r, e in zip(prompts, responses, eos, strict=True)]
+    rows = [p + r + [tokenizer.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
     length = max(map(len, rows))
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows])
     column = torch.arange(length)
@@ -32,23 +32,43 @@ def encode_responses(
 
 def sft_loss(policy: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> Tensor:
     """Mean of -log π over the response tokens of (prompt, response), in nats a token."""
-    ids, attention, mask = encode_responses(tokenizer, texts, eos=[True] * len(texts))
+    ids, attention, mask = (x.to(policy.device) for x in encode_responses(tokenizer, texts))
     logp = roles.response_logprobs(policy, ids, attention, ids.shape[1] - 1, temperature=1.0)
     return -ops.masked_mean(logp, mask[:, 1:])
+
+
+def fit(
+    model: Any,
+    loss_of: Callable[[Sequence[Example]], Tensor],
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    learning_rate: float,
+) -> Iterator[float]:
+    """One pass over the examples with Adam; the rate rises over a tenth of it, then falls to 0. Yields the losses."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
+    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    for i, batch in enumerate(batches):
+        done = i / len(batches)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * min((done + 1 / len(batches)) / 0.1, (1 - done) / 0.9, 1.0)
+        loss: Any = loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        yield loss.item()
+    optimizer.zero_grad()
 
 
 def finetune(
     policy: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], *, batch_size: int, learning_rate: float
 ) -> Iterator[float]:
-    """One pass over the demonstrations with a linearly decaying rate; yields each batch's loss."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=learning_rate, weight_decay=0.0)
-    batches = [texts[i : i + batch_size] for i in range(0, len(texts), batch_size)]
-    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, len(batches))
-    for batch in batches:
-        loss: Any = sft_loss(policy, tokenizer, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        decay.step()
-        yield loss.item()
+    """Fits the policy to the demonstrations (prompt, response); yields each batch's loss."""
+    return fit(
+        policy,
+        lambda batch: sft_loss(policy, tokenizer, batch),
+        texts,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+    )
