@@ -38,14 +38,14 @@ def head_range(role: str, models: Models, inputs: Inputs) -> HeadRange:
     _ = live.module
     ids, mask = padded(inputs.sequences, inputs.pad_id, "right")
     with live.kept():
-        with ProjectionDrive() as counted, torch.enable_grad():
+        with ProjectionDrive() as noted, torch.enable_grad():
             plain = live.read(ids, mask).tensor
-        if counted.count == 0:
+        if not noted.shapes:
             raise Unavailable(f"the {role} has no projection to a single number")
         driven = []
         with torch.no_grad():
             for factor in (DRIVE, -DRIVE):
-                with ProjectionDrive(counted.count - 1, factor):
+                with ProjectionDrive(noted.shapes[-1], factor):
                     driven.append(live.read(ids, mask).tensor.detach().double().cpu())
         activations = _activations(plain.grad_fn)
     low = min(float(d.min()) for d in driven)

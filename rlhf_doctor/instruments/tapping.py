@@ -62,27 +62,29 @@ def _integer(tensor: torch.Tensor) -> bool:
 
 
 class ProjectionDrive(TorchFunctionMode):
-    """While active, counts projections to one number and multiplies the result of the last one by ``factor``.
+    """While active, notes projections to one number and multiplies those whose result has this shape by ``factor``.
+
+    An adapter on a head makes it the sum of several projections: all of them are driven.
 
     Args:
-        last: which one to multiply, counted from 0; None only counts.
+        shape: of the results to multiply; None only notes.
         factor: the drive.
     """
 
-    def __init__(self, last: int | None = None, factor: float = 1.0) -> None:
+    def __init__(self, shape: tuple[int, ...] | None = None, factor: float = 1.0) -> None:
         super().__init__()
-        self.last = last
+        self.shape = shape
         self.factor = factor
-        self.count = 0
+        self.shapes: list[tuple[int, ...]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if func in PROJECTIONS and isinstance(result, torch.Tensor) and _to_one_number(args, result):
-            if self.count == self.last:
+            if tuple(result.shape) == self.shape:
                 result = result * self.factor
-            self.count += 1
+            self.shapes.append(tuple(result.shape))
         return result
 
 
