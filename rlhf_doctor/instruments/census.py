@@ -46,7 +46,7 @@ def census(role: str, models: Models, inputs: Inputs) -> Census:
     elif any(name.startswith(("Mul", "Addcmul", "Lerp")) for name in growing):
         scan |= growing
     return Census(
-        attention=found["attention"],
+        attention=found["attention"] or found["product"],
         convolution=found["convolution"],
         recurrent=recurrent,
         scan=scan,
@@ -57,7 +57,7 @@ def census(role: str, models: Models, inputs: Inputs) -> Census:
     )
 
 
-KINDS = ("attention", "convolution", "recurrent", "scan", "pooling")
+KINDS = ("attention", "product", "convolution", "recurrent", "scan", "pooling")
 
 
 def _one_pass(live: Live, inputs: Inputs, length: int) -> tuple[dict[str, Counter[str]], int, Counter[str], set[int]]:
@@ -91,7 +91,7 @@ def _recorder(length: int, seen: dict[str, Counter[str]], widths: set[int]) -> A
             if kind:
                 seen[kind][name] += 1
             if kind == "convolution" and len(args) > 1 and isinstance(args[1], torch.Tensor):
-                widths.add(int(max(args[1].shape[2:])))
+                widths.update(_widths(args[0], args[1], length))
             return result
 
     return Recorder()
@@ -100,7 +100,8 @@ def _recorder(length: int, seen: dict[str, Counter[str]], widths: set[int]) -> A
 def kind_of(name: str, args: tuple[Any, ...], result: Any, length: int) -> str | None:
     """Which way of mixing positions an operation is at this length, None for none.
 
-    A softmax counts as attention where queries and keys are both positions, as pooling where only the keys are.
+    A softmax counts as attention where queries and keys are both positions, as pooling where only the keys are. A
+    product of features that gives a square of positions is attention with another normalisation.
     """
     import torch
 
@@ -117,10 +118,10 @@ def kind_of(name: str, args: tuple[Any, ...], result: Any, length: int) -> str |
         if sides >= 2:
             return "attention"
         return "pooling" if length in first.shape[-1:] or (length in first.shape and first.shape[-1] == 1) else None
+    if name in ("bmm", "mm", "baddbmm") and first.shape[-2:] == (length, length) and given[0].shape[-1] != length:
+        return "product"
     if "convolution" in name and len(given) > 1:
-        wide = [k for k in given[1].shape[2:] if k > 1]
-        long = [n for n in given[0].shape[2:] if length <= n <= length + 4 * max(wide, default=0)]
-        return "convolution" if wide and long else None
+        return "convolution" if _widths(given[0], given[1], length) else None
     if name in ("unfold", "im2col") and length in given[0].shape:
         return "convolution"
     if name == "cumsum" and first.is_floating_point() and first.dim() >= 3:
@@ -128,6 +129,13 @@ def kind_of(name: str, args: tuple[Any, ...], result: Any, length: int) -> str |
     if name in ("mean", "sum", "amax", "max") and first.is_floating_point() and length in given[0].shape:
         return "pooling" if first.dim() < given[0].dim() and length not in first.shape else None
     return None
+
+
+def _widths(given: torch.Tensor, kernel: torch.Tensor, length: int) -> list[int]:
+    """Sizes above 1 of a kernel along axes that run over (padded) positions."""
+    return [
+        int(k) for n, k in zip(given.shape[2:], kernel.shape[2:], strict=False) if k > 1 and length <= n <= length + 4 * k
+    ]
 
 
 def _longest_path(root: Any) -> tuple[int, Counter[str]]:

@@ -256,7 +256,7 @@ class Models:
 
             model = load_model(role, path, self.setup, self.options)
         else:
-            model = given
+            model = getattr(given, "_orig_mod", given)  # torch.compile's wrapper hides operations from instruments
         if not isinstance(model, torch.nn.Module) and not callable(model):
             raise Broken(role, f"{role}: {type(model).__name__} is neither a module, a path nor a function")
         live = Live(
