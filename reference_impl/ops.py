@@ -197,11 +197,13 @@ def clipped_policy_loss(
     return masked_mean(-torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A), mask, count)
 
 
-def clip_fraction(logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float) -> Tensor:
+def clip_fraction(
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float, count: Tensor | float | None = None
+) -> Tensor:
     """Share of the tokens whose gradient the policy loss cuts: A > 0 and ρ > 1+ε, or A < 0 and ρ < 1-ε."""
     ratio = (logp - old_logp).exp()
     cut = ((advantage > 0) & (ratio > 1 + epsilon)) | ((advantage < 0) & (ratio < 1 - epsilon))
-    return masked_mean(cut.to(logp.dtype), mask)
+    return masked_mean(cut.to(logp.dtype), mask, count)
 
 
 def clipped_value_loss(

@@ -33,6 +33,7 @@ class Settings:
 
     batch_size: int = 32  # responses an iteration
     num_minibatches: int = 4
+    micro_batch_size: int | None = None  # responses a backward pass; None: a whole minibatch. Changes memory only
     ppo_epochs: int = 2
     response_length: int = 20
     temperature: float = 1.0
@@ -158,31 +159,34 @@ def ppo_step(
     # 6. Several epochs over the same rollout, in minibatches drawn anew each epoch, one update of both models each.
     updates = list[dict[str, float]]()
     for _ in range(s.ppo_epochs):
-        for rows in torch.randperm(s.batch_size).to(ids.device).chunk(s.num_minibatches):
-            m = mask[rows]
-            logp = parts.logprobs(policy, ids[rows], attention[rows], T, s.temperature)  # (b, T)
-            v = parts.values(value, ids[rows], attention[rows])[:, -T - 1 : -1]  # (b, T)
-            policy_loss = parts.policy_loss(logp, old_logp[rows], advantage[rows], m, s.clip_range)
-            value_loss = parts.value_loss(v, old_v[rows], returns[rows], m, s.clip_range_value)
-            loss: Any = policy_loss + s.vf_coef * value_loss
-            if not bool(loss.isfinite()):
-                raise FloatingPointError(f"policy loss {policy_loss.item()}, value loss {value_loss.item()}")
+        for minibatch in torch.randperm(s.batch_size).to(ids.device).chunk(s.num_minibatches):
+            update = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio"), 0.0)
+            count = mask[minibatch].sum()  # every loss is a mean over the minibatch's tokens, in however many pieces
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            loss.backward()
-            norms = [float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)) for model in (policy, value)]
+            for rows in torch.split(minibatch, s.micro_batch_size or len(minibatch)):  # (b,)
+                m, old = mask[rows], old_logp[rows]  # (b, T) each
+                logp = parts.logprobs(policy, ids[rows], attention[rows], T, s.temperature)  # (b, T)
+                v = parts.values(value, ids[rows], attention[rows])[:, -T - 1 : -1]  # (b, T)
+                policy_loss = parts.policy_loss(logp, old, advantage[rows], m, s.clip_range, count)
+                value_loss = parts.value_loss(v, old_v[rows], returns[rows], m, s.clip_range_value, count)
+                loss: Any = policy_loss + s.vf_coef * value_loss
+                if not bool(loss.isfinite()):
+                    raise FloatingPointError(f"policy loss {policy_loss.item()}, value loss {value_loss.item()}")
+                loss.backward()
+                with torch.no_grad():
+                    update["policy_loss"] += policy_loss.item()
+                    update["value_loss"] += value_loss.item()
+                    update["approx_kl"] += ops.masked_mean(ops.k3(old, logp), m, count).item()
+                    update["clip_fraction"] += ops.clip_fraction(
+                        logp, old, advantage[rows], m, s.clip_range, count
+                    ).item()  # fmt: skip
+                    update["ratio"] += ops.masked_mean((logp - old).exp(), m, count).item()
+            for name, model in (("policy_grad_norm", policy), ("value_grad_norm", value)):
+                update[name] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             for optimizer in optimizers:
                 optimizer.step()
-            with torch.no_grad():
-                updates.append({
-                    "policy_loss": policy_loss.item(),
-                    "value_loss": value_loss.item(),
-                    "approx_kl": ops.masked_mean(ops.k3(old_logp[rows], logp), m).item(),
-                    "clip_fraction": ops.clip_fraction(logp, old_logp[rows], advantage[rows], m, s.clip_range).item(),
-                    "ratio": ops.masked_mean((logp - old_logp[rows]).exp(), m).item(),
-                    "policy_grad_norm": norms[0],
-                    "value_grad_norm": norms[1],
-                })  # fmt: skip
+            updates.append(update)
     for optimizer in optimizers:
         optimizer.zero_grad()
 

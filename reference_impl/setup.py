@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -62,10 +62,13 @@ def _config(tokenizer: Any, **head: Any) -> Any:
     )
 
 
-def build_models(seed: int, *, trained: bool, noise: float = 0.0) -> Models:
+def build_models(
+    seed: int, *, trained: bool, noise: float = 0.0, report: Callable[[str, int, float], None] = lambda *_: None
+) -> Models:
     """The four models, after SFT and reward modelling, or with random weights if not `trained`.
 
-    noise: the share of turned labels among the reward model's training pairs. Leaves the global generators alone.
+    noise: the share of turned labels among the reward model's training pairs. `report` is called with
+    the phase ("sft" or "reward"), the batch's number and its loss. Leaves the global generators alone.
     """
     rng, tokenizer = Random(seed), build_tokenizer()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -74,16 +77,18 @@ def build_models(seed: int, *, trained: bool, noise: float = 0.0) -> Models:
         policy.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         policy.generation_config.max_new_tokens = task.RESPONSE_LENGTH
         if trained:
-            for _ in sft.finetune(policy, tokenizer, task.demonstrations(2048, rng), batch_size=32, learning_rate=1e-2):
-                pass
+            texts = task.demonstrations(2048, rng)
+            for i, loss in enumerate(sft.finetune(policy, tokenizer, texts, batch_size=32, learning_rate=1e-2), 1):
+                report("sft", i, loss)
         reference = roles.frozen_copy(policy)
 
         reward: Any = hf.LlamaForSequenceClassification(_config(tokenizer, num_labels=1)).eval()
         if trained:
             reward.base_model.load_state_dict(policy.base_model.state_dict())
             pairs = task.preference_pairs(2048, rng, noise=noise)
-            for _ in reward_modeling.train(reward, tokenizer, pairs, batch_size=16, learning_rate=4e-3):
-                pass
+            losses = reward_modeling.train(reward, tokenizer, pairs, batch_size=16, learning_rate=4e-3)
+            for i, loss in enumerate(losses, 1):
+                report("reward", i, loss)
             prompt = encode_prompts(tokenizer, task.prompts() * 4)
             eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
             rollout = sample(reference, *prompt, T=task.RESPONSE_LENGTH, temperature=1.0, eos=eos, pad=pad)
@@ -108,7 +113,7 @@ def assemble(
     s, parts = settings or ppo.Settings(), parts or ppo.Parts()
     control = kl_control or ppo.FixedKL(s.kl_coef)
     optimizers = list(ppo.make_optimizers(models, s))
-    prompts = list(prompts)
+    adaptive, prompts = control if isinstance(control, ppo.AdaptiveKL) else None, list(prompts)
 
     def step() -> dict[str, float]:
         return ppo.ppo_step(models, prompts, optimizers, s, control, parts)
@@ -120,9 +125,9 @@ def assemble(
         "preferences": list(preferences),
         "step": step,
         "optimizers": optimizers,
-        "state": [control] if isinstance(control, ppo.AdaptiveKL) else [],
+        "state": [adaptive] if adaptive else [],
         "declared": {
-            **asdict(s),
+            **{name: x for name, x in asdict(s).items() if x is not None},
             "algorithm": "ppo",
             "kl_estimator": "k1",
             "kl_in": "reward",
@@ -134,7 +139,8 @@ def assemble(
             "reference": "policy",
             "value_init": "reward",
             "policy_init": "sft",
-            "kl_adaptive": isinstance(control, ppo.AdaptiveKL),
+            "kl_adaptive": adaptive is not None,
+            **({"kl_target": adaptive.target, "kl_horizon": adaptive.horizon} if adaptive else {}),
             "loss_aggregation": "token-mean",
             "shared_trunk": False,
             "dense_rewards": False,
