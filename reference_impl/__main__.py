@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--iterations", type=int, default=100, help="of PPO (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="responses an iteration (default: %(default)s)")
     parser.add_argument("--kl-coef", type=float, default=0.05, help="weight of the KL penalty (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=8192, help="for reward modelling (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.1, help="share of turned labels (default: %(default)s)")
     given = parser.parse_args(arguments)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
             say(f"{phase:<6} batch {i:4d}  loss {loss:.3f}")
 
     try:
-        models = setup.build_models(given.seed, trained=True, noise=given.noise, report=report)
+        models = setup.build_models(given.seed, trained=True, pairs=given.pairs, noise=given.noise, report=report)
         pairs = task.preference_pairs(512, Random(f"held out {given.seed}"))
         right = reward_modeling.accuracy(models.reward, models.tokenizer, pairs)
         say(f"reward accuracy {right:.3f} on unseen pairs with clean labels")

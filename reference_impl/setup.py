@@ -63,11 +63,16 @@ def _config(tokenizer: Any, **head: Any) -> Any:
 
 
 def build_models(
-    seed: int, *, trained: bool, noise: float = 0.0, report: Callable[[str, int, float], None] = lambda *_: None
+    seed: int,
+    *,
+    trained: bool,
+    pairs: int = 2048,
+    noise: float = 0.0,
+    report: Callable[[str, int, float], None] = lambda *_: None,
 ) -> Models:
     """The four models, after SFT and reward modelling, or with random weights if not `trained`.
 
-    noise: the share of turned labels among the reward model's training pairs. `report` is called with
+    The reward model sees that many `pairs`, of which `noise` is the share with turned labels. `report` is called with
     the phase ("sft" or "reward"), the batch's number and its loss. Leaves the global generators alone.
     """
     rng, tokenizer = Random(seed), build_tokenizer()
@@ -85,8 +90,8 @@ def build_models(
         reward: Any = hf.LlamaForSequenceClassification(_config(tokenizer, num_labels=1)).eval()
         if trained:
             reward.base_model.load_state_dict(policy.base_model.state_dict())
-            pairs = task.preference_pairs(2048, rng, noise=noise)
-            losses = reward_modeling.train(reward, tokenizer, pairs, batch_size=16, learning_rate=4e-3)
+            labelled = task.preference_pairs(pairs, rng, noise=noise)
+            losses = reward_modeling.train(reward, tokenizer, labelled, batch_size=16, learning_rate=4e-3)
             for i, loss in enumerate(losses, 1):
                 report("reward", i, loss)
             prompt = encode_prompts(tokenizer, task.prompts() * 4)

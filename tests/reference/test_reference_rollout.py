@@ -1,0 +1,134 @@
+"""Sampling, masks and scores: against generation without a cache, and under changes that must not matter."""
+
+import pytest
+import torch
+
+from reference_impl import ops, roles, rollout, task
+
+EOS, PAD = 2, 0
+
+
+def draw(models, prompts, T=6, temperature=1.0):
+    prompt, mask = rollout.encode_prompts(models.tokenizer, prompts)
+    return rollout.sample(models.policy, prompt, mask, T=T, temperature=temperature, eos=EOS, pad=PAD)
+
+
+def test_response_mask_ends_with_the_first_end_of_sequence():
+    response = torch.tensor([[5, EOS, PAD, PAD], [5, PAD, 6, EOS], [5, 6, 7, 8], [EOS, EOS, 5, EOS]])
+    mask, ended = rollout.response_mask(response, EOS)
+    assert mask.int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 0, 0, 0]]
+    assert ended.tolist() == [True, True, False, True]
+    same_id, _ = rollout.response_mask(torch.tensor([[5, EOS, EOS, EOS]]), EOS)
+    assert same_id.int().tolist() == [[1, 1, 0, 0]]
+
+
+def test_prompts_are_padded_on_the_left(models):
+    short, long = "describe the fox :", "how would you describe the fox to me ?"
+    ids, mask = rollout.encode_prompts(models.tokenizer, [short, long])
+    assert ids.shape == (2, 10) and mask[0].tolist() == [0] * 5 + [1] * 5 and mask[1].all()
+    assert models.tokenizer.decode(ids[0, 5:]) == "<s> describe the fox :"
+    assert roles.positions(mask)[0].tolist() == [0] * 5 + [0, 1, 2, 3, 4]
+
+
+def test_sampling_with_the_cache_is_sampling_without(models):
+    prompts = task.prompts()[:5]
+    cold = draw(models, prompts, temperature=1e-6)  # the most likely token, always
+    for i, prompt in enumerate(prompts):
+        ids = models.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        for _ in range(int(cold.mask[i].sum())):
+            ids = torch.cat([ids, models.policy(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+        kept = cold.ids[i][cold.attention_mask[i].bool()]
+        assert kept.tolist() == ids[0].tolist()
+
+
+def test_tokens_are_drawn_from_the_tempered_distribution(models):
+    # One token, many times: frequencies against softmax(logits / 0.5), within five standard errors.
+    n, prompt = 4000, task.prompts()[0]
+    torch.manual_seed(0)
+    drawn = draw(models, [prompt] * n, T=1, temperature=0.5).response[:, 0]
+    ids = models.tokenizer(prompt, return_tensors="pt")["input_ids"]
+    p = (models.policy(input_ids=ids).logits[0, -1] / 0.5).softmax(-1)
+    frequency = drawn.bincount(minlength=len(p)) / n
+    assert ((frequency - p).abs() < 5 * (p * (1 - p) / n).sqrt() + 1e-3).all()
+
+
+def test_nothing_follows_the_end_of_sequence(models):
+    torch.manual_seed(0)
+    r = draw(models, task.prompts(), T=20)
+    assert r.ended.any() and not r.ended.all()
+    P = r.ids.shape[1] - r.mask.shape[1]
+    assert torch.equal(r.attention_mask[:, P:].bool(), r.mask)
+    assert (r.response[~r.mask] == PAD).all()
+    last = ops.pool_last(r.response.double(), r.mask)
+    assert torch.equal(last == EOS, r.ended)
+
+
+def test_sampling_stops_when_every_row_has_ended(models):
+    with torch.no_grad():
+        models.policy.lm_head.weight.zero_()
+        models.policy.model.norm.weight.zero_()
+    torch.manual_seed(0)  # uniform over the vocabulary
+    r = draw(models, task.prompts()[:1], T=40)
+    assert r.mask.shape[1] == int(r.mask.sum()) <= 40
+
+
+def test_scores_are_those_of_the_model_class_alone(models):
+    torch.manual_seed(0)
+    r = draw(models, task.prompts()[:8])
+    scores = rollout.score(models.reward, r)
+    pads = (r.response == PAD) & r.mask  # the model class takes a drawn pad token for padding, so leave those rows out
+    assert pads.any(1).sum() <= 2
+    for i in (~pads.any(1)).nonzero().flatten():
+        kept = r.ids[i][r.attention_mask[i].bool()][None]
+        torch.testing.assert_close(models.reward(input_ids=kept).logits[0, 0], scores[i], rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalty_is_for_responses_that_never_end(models):
+    torch.manual_seed(0)
+    r = draw(models, task.prompts(), T=20)
+    difference = rollout.score(models.reward, r) - rollout.score(models.reward, r, missing_eos_penalty=1.5)
+    torch.testing.assert_close(difference, torch.where(r.ended, 0.0, 1.5))
+
+
+@pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 4), (2, 5)])
+def test_more_padding_changes_nothing(models, left, right):
+    torch.manual_seed(0)
+    r = draw(models, task.prompts()[:8])
+    T = r.mask.shape[1]
+
+    def pad(x):
+        return torch.nn.functional.pad(x, (left, right))
+
+    for model in (models.policy, models.value, models.reward):
+        model.double()
+    logp = roles.response_logprobs(models.policy, r.ids, r.attention_mask, T, 0.7)
+    padded = roles.response_logprobs(models.policy, pad(r.ids), pad(r.attention_mask), T + right, 0.7)[:, :T]
+    torch.testing.assert_close(padded[r.mask], logp[r.mask], rtol=0, atol=1e-10)
+    v = roles.scalars(models.value, r.ids, r.attention_mask)[:, -T - 1 : -1]
+    shifted = roles.scalars(models.value, pad(r.ids), pad(r.attention_mask))[:, -T - right - 1 : -1][:, :T]
+    torch.testing.assert_close(shifted[r.mask], v[r.mask], rtol=0, atol=1e-10)
+    wide = rollout.Rollout(pad(r.ids), pad(r.attention_mask), torch.nn.functional.pad(r.mask, (0, right)), r.ended)
+    torch.testing.assert_close(rollout.score(models.reward, wide), rollout.score(models.reward, r), rtol=0, atol=1e-10)
+
+
+def test_the_order_of_the_batch_changes_nothing(models):
+    torch.manual_seed(0)
+    r, order = draw(models, task.prompts()[:8]), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    models.policy.double()
+    T = r.mask.shape[1]
+    logp = roles.response_logprobs(models.policy, r.ids, r.attention_mask, T, 1.0)
+    mixed = roles.response_logprobs(models.policy, r.ids[order], r.attention_mask[order], T, 1.0)
+    torch.testing.assert_close(mixed, logp[order], rtol=0, atol=1e-10)
+
+
+def test_logprobs_are_those_of_the_model_class_alone(models):
+    torch.manual_seed(0)
+    r = draw(models, task.prompts()[:4])
+    T = r.mask.shape[1]
+    logp = roles.response_logprobs(models.policy, r.ids, r.attention_mask, T, 0.5)
+    for i in range(4):
+        kept = r.ids[i][r.attention_mask[i].bool()]
+        n = int(r.mask[i].sum())
+        table = (models.policy(input_ids=kept[None]).logits[0] / 0.5).log_softmax(-1)
+        expected = torch.stack([table[p - 1, kept[p]] for p in range(len(kept) - n, len(kept))])
+        torch.testing.assert_close(logp[i, :n], expected, rtol=1e-5, atol=1e-5)
