@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_doctor.check import Check, registry
-from rlhf_doctor.facts import GIVEN, Broken, Fact, Unavailable, facts, split_role
+from rlhf_doctor.facts import GIVEN, Broken, Fact, Unavailable, facts, raised_by_the_setup, split_role
 from rlhf_doctor.finding import (
     MODEL_ROLES,
     Errored,
@@ -36,13 +36,13 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Options:
-    """How to examine. ``excluded`` maps a role that must not be touched to the reason."""
+    """How to examine. ``excluded`` maps a role that must not be touched, or a fact by full name, to the reason."""
 
     stage: Stage = Stage.PROBE
     seed: int = 0
     device: str = "cpu"
     dtype: str | None = None
-    excluded: Mapping[Role, str] = field(default_factory=dict)
+    excluded: Mapping[str, str] = field(default_factory=dict)
     show: bool = True
 
 
@@ -148,8 +148,9 @@ class Facts:
             return self._every_role(known)
         if tuple(Stage).index(known.stage) > tuple(Stage).index(self.options.stage):
             raise Unavailable(f"needs --stage {known.stage}")
-        if role in self.options.excluded:
-            raise Unavailable(self.options.excluded[role])
+        excluded = self.options.excluded
+        if name in excluded or (role in excluded and known.stage is not Stage.STATIC):
+            raise Unavailable(excluded.get(name) or excluded[role or ""])
         arguments = {}
         for need, required in known.needs.items():
             if need == "role":
@@ -160,9 +161,18 @@ class Facts:
             except Unavailable:
                 if required:
                     raise
-        if known.stage is not Stage.STATIC:
-            self.progress(f"{role or 'setup'}: {base}")
-        return known.measure(**arguments)
+        self.progress(f"{role or 'setup'}: {base}")
+        try:
+            return known.measure(**arguments)
+        except (Broken, Unavailable):
+            raise
+        except Exception as error:  # the code of the setup may raise anything, anywhere
+            where = raised_by_the_setup(error)
+            if where is None:
+                raise
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            about: Role = role or "setup"
+            raise Broken(about, f"{about}: code of the setup raised {said} ({where})") from error
 
     def _every_role(self, known: Fact) -> dict[Role, Any]:
         found: dict[Role, Any] = {}
@@ -232,11 +242,12 @@ def examine(
 def _run(
     chosen: Mapping[str, Check], needs: list[str], measured: Facts, release: Callable[[Role], None]
 ) -> tuple[dict[str, Outcome], tuple[tuple[Role, str], ...], dict[str, Any]]:
-    for role, reason in measured.options.excluded.items():
-        measured.errors.append((role, reason))
+    for name, reason in measured.options.excluded.items():
+        measured.errors.append((next((r for r in MODEL_ROLES if r == name), split_role(name)[0] or "setup"), reason))
     for role, bases in measured.wanted(needs).items():  # everything about one model before the next is loaded
         for base in sorted(bases):
             _try(measured, f"{role}_{base}")
+        _note_nothing_finite(role, measured)
         release(role)
     outcomes: dict[str, Outcome] = {}
     for code, one in chosen.items():
@@ -251,6 +262,13 @@ def _try(measured: Facts, name: str) -> None:
         measured.get(name)
     except Exception as failure:
         measured.failures.setdefault(name, failure)
+
+
+def _note_nothing_finite(role: Role, measured: Facts) -> None:
+    """A model whose output holds NaN, or nothing finite, cannot be judged further: an error beside what checks find."""
+    output = measured.values.get(f"{role}_output")
+    if output is not None and output.meaningless:
+        measured.errors.append((role, f"{role}: its output is NaN or infinite, so nothing further could be judged"))
 
 
 def _outcome(one: Check, measured: Facts, before: Mapping[str, Outcome]) -> Outcome:

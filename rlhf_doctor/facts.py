@@ -14,14 +14,17 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 from rlhf_doctor.finding import MODEL_ROLES, Role, Stage
 
-__all__ = ["Broken", "Fact", "Unavailable", "fact", "facts", "role_fact", "split_role"]
+__all__ = ["Broken", "Fact", "Unavailable", "fact", "facts", "raised_by_the_setup", "role_fact", "split_role"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 GIVEN = ("setup", "options", "models", "role")
@@ -97,3 +100,14 @@ def facts() -> Mapping[str, Fact]:
     for module in pkgutil.iter_modules(package.__path__, "rlhf_doctor.instruments."):
         importlib.import_module(module.name)
     return MappingProxyType(_FACTS)
+
+
+def raised_by_the_setup(error: BaseException) -> str | None:
+    """``file.py, line 12`` where an exception passed through code that is neither ours nor an installed package."""
+    ours, stdlib = Path(__file__).parent, Path(sysconfig.get_path("stdlib"))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        installed = path.is_relative_to(stdlib) or {"site-packages", "dist-packages"} & set(path.parts)
+        if path.is_file() and not installed and not path.is_relative_to(ours):
+            return f"{path.name}, line {frame.lineno}"
+    return None

@@ -170,6 +170,14 @@ class Output:
     per_sequence_pooled: bool = False
     sums_to_one: bool = False
 
+    @property
+    def meaningless(self) -> bool:
+        """Whether it holds NaN, or infinities beyond a vocabulary's masked logits: nothing can be concluded from it."""
+        if self.finite:
+            return False
+        masked = self.kind.startswith("vocabulary") and self.maximum < float("inf")
+        return self.minimum != self.minimum or self.maximum == float("-inf") or not masked
+
 
 @dataclass(frozen=True)
 class Census:
