@@ -62,9 +62,13 @@ def describe(
     *,
     raw_config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
+    embedding_rows: int | None = None,
     **rest: Any,
 ) -> Manifest:
-    """A manifest with everything that follows from config and tensors filled in."""
+    """A manifest with everything that follows from config and tensors filled in.
+
+    ``embedding_rows`` is for a live module, whose look-up tables are known by more than their names.
+    """
     nested = next(
         (raw_config[k] for k in ("text_config", "llm_config", "language_config") if isinstance(raw_config.get(k), dict)),
         {},
@@ -93,7 +97,7 @@ def describe(
         hidden_size=_first_int(config, "hidden_size", "n_embd", "d_model", "dim"),
         num_layers=_first_int(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         vocab_size=_first_int(config, "vocab_size"),
-        embedding_rows=max(rows, default=None),
+        embedding_rows=max(rows, default=embedding_rows),
         max_positions=_first_int(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
         weight_dtypes=dict(weights),
         **rest,
@@ -147,6 +151,7 @@ def _of_module(role: Role, module: Any, tokenizer: TokenizerInfo | None) -> Mani
     return describe(
         role,
         raw_config=_as_dict(getattr(module, "config", None)),
+        embedding_rows=_embedding_rows(module),
         tensors={name.replace(".base_layer.", "."): info for name, info in tensors.items() if "lora_" not in name},
         origin="module",
         path=None,
@@ -156,6 +161,20 @@ def _of_module(role: Role, module: Any, tokenizer: TokenizerInfo | None) -> Mani
         adapter=adapter,
         adapter_tensors={name: info for name, info in tensors.items() if "lora_" in name},
     )
+
+
+def _embedding_rows(module: Any) -> int | None:
+    """Rows of the token embedding of a module of any style: not a table of positions or types; of several the one as
+    long as some projection is wide (the vocabulary head), else the first."""
+    tables = [
+        (name.lower(), child.num_embeddings)
+        for name, child in module.named_modules()
+        if isinstance(getattr(child, "num_embeddings", None), int)
+    ]
+    tokens = [n for name, n in tables if not any(part in name for part in ("pos", "place", "wpe", "type", "segment"))]
+    widths = {getattr(child, "out_features", None) for child in module.modules()}
+    rows = tokens or [n for _, n in tables]
+    return next((n for n in rows if n in widths), rows[0] if rows else None)
 
 
 def _class_name(module: Any) -> str:
