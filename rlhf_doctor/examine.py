@@ -247,6 +247,7 @@ def _run(
     for role, bases in measured.wanted(needs).items():  # everything about one model before the next is loaded
         for base in sorted(bases):
             _try(measured, f"{role}_{base}")
+        _note_unreadable_files(role, measured)
         _note_nothing_finite(role, measured)
         release(role)
     outcomes: dict[str, Outcome] = {}
@@ -254,6 +255,13 @@ def _run(
         outcomes[code] = _outcome(one, measured, outcomes)
     shown = {name: value for name, value in measured.values.items() if split_role(name)[0] or name in ("inputs",)}
     return dict(sorted(outcomes.items())), tuple(measured.errors), shown
+
+
+def _note_unreadable_files(role: Role, measured: Facts) -> None:
+    """Files of a role that could not be read, though the rest of its folder could."""
+    for said in getattr(measured.values.get(f"{role}_manifest"), "problems", ()):
+        if (role, said) not in measured.errors:
+            measured.errors.append((role, said))
 
 
 def _try(measured: Facts, name: str) -> None:
@@ -268,7 +276,9 @@ def _note_nothing_finite(role: Role, measured: Facts) -> None:
     """A model whose output holds NaN, or nothing finite, cannot be judged further: an error beside what checks find."""
     output = measured.values.get(f"{role}_output")
     if output is not None and output.meaningless:
-        measured.errors.append((role, f"{role}: its output is NaN or infinite, so nothing further could be judged"))
+        first = next((i for i, (about, _) in enumerate(measured.errors) if about == role), len(measured.errors))
+        sentence = f"{role}: its output is NaN or infinite, so nothing further could be judged"
+        measured.errors.insert(first, (role, sentence))
 
 
 def _outcome(one: Check, measured: Facts, before: Mapping[str, Outcome]) -> Outcome:

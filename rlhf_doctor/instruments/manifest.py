@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rlhf_doctor.facts import Unavailable, role_fact
 from rlhf_doctor.finding import Role, Stage
 from rlhf_doctor.instruments.readings import Head, Manifest, TensorInfo, TokenizerInfo
+from rlhf_doctor.instruments.tokenizer_files import added_around, fingerprint
 
 __all__ = ["describe", "heads_of", "manifest", "tokenizer_of"]
 
@@ -48,7 +49,8 @@ def manifest(role: Role, setup: Any) -> Manifest:
     if path is not None:
         from rlhf_doctor.instruments.headers import read_checkpoint
 
-        return read_checkpoint(role, path)
+        made = read_checkpoint(role, path)
+        return made if made.tokenizer else replace(made, tokenizer=tokenizer_of(setup, role))
     tokenizer = tokenizer_of(setup, role)
     if isinstance(given, str):
         return _empty(role, "adapter-off", "the policy with its adapter off", tokenizer)
@@ -206,7 +208,7 @@ def tokenizer_of(setup: Any, role: Role) -> TokenizerInfo | None:
 
 def _of_tokenizer(tokenizer: Any) -> TokenizerInfo:
     vocabulary = tokenizer.get_vocab() if callable(getattr(tokenizer, "get_vocab", None)) else {}
-    fingerprint = hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+    adds_bos, adds_eos = _added_by(tokenizer)
 
     def text(name: str) -> str | None:
         value = getattr(tokenizer, name, None)
@@ -227,8 +229,21 @@ def _of_tokenizer(tokenizer: Any) -> TokenizerInfo:
         padding_side=getattr(tokenizer, "padding_side", None),
         truncation_side=getattr(tokenizer, "truncation_side", None),
         model_max_length=limit if isinstance(limit, int) and limit < 10**9 else None,
-        adds_bos=getattr(tokenizer, "add_bos_token", None),
-        adds_eos=getattr(tokenizer, "add_eos_token", None),
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
         chat_template=template if isinstance(template, str) else None,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint(vocabulary),
     )
+
+
+def _added_by(tokenizer: Any) -> tuple[bool | None, bool | None]:
+    """Whether a tokenizer puts a BOS before a text and an EOS behind it.
+
+    Its post-processor decides; ``add_bos_token`` is only what it was once asked for, and False of many that add one.
+    """
+    processor = getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None)
+    if processor is None or not hasattr(processor, "__getstate__"):
+        return getattr(tokenizer, "add_bos_token", None), getattr(tokenizer, "add_eos_token", None)
+    state = processor.__getstate__()
+    bos, eos = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "eos_token", None)
+    return added_around(json.loads(state) if isinstance(state, (str, bytes)) else None, bos, eos)

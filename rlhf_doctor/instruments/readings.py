@@ -77,7 +77,8 @@ class Manifest:
     ``raw_config`` is as it stands. ``tensors`` maps parameter and buffer names to their headers. ``adapter`` is
     adapter_config.json of a PEFT folder; ``adapter_tensors`` are its tensors, and then ``tensors`` are the base
     model's where the base is on disk. ``missing_shards`` are files that an index names and that are not there;
-    ``pickles`` are weight files that are not safetensors; ``problems`` are sentences about files that cannot be read.
+    ``pickles`` are weight files that are not safetensors; ``problems`` are sentences about files that cannot be read;
+    ``unloadable`` is the first of them that keeps the model from being loaded, "" where none does.
     ``max_positions`` None means unlimited or unknown.
     """
 
@@ -97,6 +98,7 @@ class Manifest:
     pickles: tuple[str, ...] = ()
     needs_remote_code: bool = False
     problems: tuple[str, ...] = ()
+    unloadable: str = ""
     model_type: str | None = None
     hidden_size: int | None = None
     num_layers: int | None = None
@@ -110,7 +112,14 @@ class Manifest:
         """An LM head, or a class that has one, and no scalar head."""
         kinds = {head.kind for head in self.heads}
         named = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in self.architectures)
+        if self.adapts_classifier:
+            return False
         return "scalar" not in kinds and "labels" not in kinds and ("vocabulary" in kinds or named)
+
+    @property
+    def adapts_classifier(self) -> bool:
+        """A PEFT adapter that was trained on a classifier, whatever its base's own class is."""
+        return (self.adapter or {}).get("task_type") in ("SEQ_CLS", "TOKEN_CLS")
 
     @property
     def architectures(self) -> tuple[str, ...]:
