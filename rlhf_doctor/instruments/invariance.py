@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.facts import Broken, Unavailable, role_fact
 from rlhf_doctor.finding import Stage
+from rlhf_doctor.instruments.calling import IDS_NAMES, pick
 from rlhf_doctor.instruments.readings import Inputs, Invariance, Output, Shift
 
 if TYPE_CHECKING:
@@ -26,7 +29,8 @@ def invariance(role: str, models: Models, inputs: Inputs, output: Output) -> Inv
     """How far a role's output for one text moves when nothing about the text changes.
 
     Compared are log-probabilities of the tokens that follow (policy, reference), values of the states, or scores.
-    "repeat" runs in the mode the model was handed over in, everything else in eval mode.
+    "repeat" runs in the mode the model was handed over in, everything else in eval mode. Where some module was handed
+    over in train mode, "repeat in eval mode" says whether eval() ends the randomness.
 
     Raises:
         Broken: the model cannot be called.
@@ -51,7 +55,8 @@ def invariance(role: str, models: Models, inputs: Inputs, output: Output) -> Inv
             ("right padding", "right", [text, *others]),
             ("left padding", "left", [text, *others]),
         ):
-            if not live.caller.takes_mask and side == "left":
+            pads_left = role in ("policy", "reference") and inputs.padding_side == "left"
+            if not live.caller.takes_mask and side == "left" and not pads_left:
                 undecided[name] = "the model takes no mask"
                 continue
             moved = _numbers(live, *padded(rows, inputs.pad_id, side), text)
@@ -67,10 +72,16 @@ def invariance(role: str, models: Models, inputs: Inputs, output: Output) -> Inv
             except Unavailable as reason:
                 undecided["cache"] = str(reason)
     mode = "train" if getattr(live.model, "training", False) else "eval"
-    with torch.no_grad(), live.kept(evaluating=False):
+
+    def repeated(evaluating: bool, detail: str) -> Shift:
         batch = padded(inputs.sequences, inputs.pad_id, "right")
-        first, second = _numbers(live, *batch, text), _numbers(live, *batch, text)
-        shifts["repeat"] = Shift(float((first - second).abs().max()), tolerance, scale, f"twice, in {mode} mode")
+        with torch.no_grad(), live.kept(evaluating=evaluating):
+            first, second = _numbers(live, *batch, text), _numbers(live, *batch, text)
+        return Shift(float((first - second).abs().max()), tolerance, scale, detail)
+
+    shifts["repeat"] = repeated(False, f"twice, in {mode} mode")
+    if any(child.training for child in live.module.modules()):
+        shifts["repeat in eval mode"] = repeated(True, "twice, in eval mode")
     return Invariance(shifts, undecided, mode)
 
 
@@ -110,30 +121,55 @@ def _with_cache(live: Live, text: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     parameters = live.caller.signature
-    if "past_key_values" not in parameters or "use_cache" not in parameters:
+    name = next((n for n in CACHES if n in parameters), None)
+    if name is None or live.caller.custom is not None:
         raise Unavailable("the model's forward takes no past_key_values")
+    theirs = name == "past_key_values" and "use_cache" in parameters
     cache: Any = None
     logits = []
     for position, token in enumerate(text):
-        more: dict[str, Any] = {}
-        if "position_ids" in parameters:
-            more["position_ids"] = torch.tensor([[position]], device=live.device)
+        ids = torch.tensor([[token]], device=live.device)
+        seen = torch.ones(1, position + 1, dtype=torch.long, device=live.device)
         try:
-            raw = live.module(
-                input_ids=torch.tensor([[token]], device=live.device),
-                attention_mask=torch.ones(1, position + 1, dtype=torch.long, device=live.device),
-                past_key_values=cache,
-                use_cache=True,
-                **more,
-            )
+            raw = live.module(**_one_more(parameters, ids, seen), **{name: cache})
         except Exception as error:
-            raise Broken(live.role, f"{live.role}: decoding with the cache failed: {type(error).__name__}: {error}") from error
-        cache = raw.get("past_key_values") if hasattr(raw, "get") else None
+            said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if theirs:
+                raise Broken(live.role, f"{live.role}: decoding with the cache failed: {said}") from error
+            raise Unavailable(f"how to decode with the cache {name!r} could not be found out: {said}") from error
+        cache = _cache_of(raw, name)
         if cache is None:
-            raise Unavailable("the model returns no past_key_values")
-        from rlhf_doctor.instruments.calling import pick
-
+            raise Unavailable(f"the model returns no {name}")
         called = pick(live.role, raw, 1, 1)
-        assert called is not None
-        logits.append(called.tensor[0, -1].double().cpu())
+        if called is None or called.tensor.dim() < 2:
+            raise Unavailable("the model gives no logits for one token")
+        logits.append(called.tensor.reshape(-1, called.tensor.shape[-1])[-1].double().cpu())
     return following(torch.stack(logits), text)
+
+
+CACHES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache", "kv", "layer_past", "past_kv")
+
+
+def _one_more(
+    parameters: Mapping[str, inspect.Parameter], ids: torch.Tensor, seen: torch.Tensor
+) -> dict[str, torch.Tensor | bool]:
+    """Arguments for one further token (1, 1) after those seen (1, position + 1), by what the parameters are called."""
+    plain = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    given: dict[str, torch.Tensor | bool] = {next((n for n in IDS_NAMES if n in plain), plain[0]): ids}
+    for name in plain:
+        if name in ("attention_mask", "mask", "attn_mask", "masks"):
+            given[name] = seen
+        elif name in ("position_ids", "positions", "pos", "pos_ids", "input_pos"):
+            given[name] = seen.sum(-1, keepdim=True) - 1
+        elif name in ("use_cache", "return_cache"):
+            given[name] = True
+    return given
+
+
+def _cache_of(raw: Any, name: str) -> Any:
+    """The cache in an output: under a cache's name, or what stands behind the logits in a tuple."""
+    if isinstance(raw, Mapping):
+        return next((raw[n] for n in (name, *CACHES) if raw.get(n) is not None), None)
+    if isinstance(raw, (tuple, list)) and not hasattr(raw, "_fields"):
+        return next((part for part in reversed(raw[1:]) if part is not None), None)
+    return next((c for n in (name, *CACHES) if (c := getattr(raw, n, None)) is not None), None)
