@@ -7,6 +7,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlhf_doctor.facts import Unavailable
+
 if TYPE_CHECKING:
     import torch
 
@@ -113,12 +115,20 @@ class Caller:
         role: whose model it is.
         model: an ``nn.Module`` or a function.
         custom: the setup's own ``calls[role]``.
+        learn: gives the call that the setup's step makes, asked only when every usual call fails.
     """
 
-    def __init__(self, role: str, model: Any, custom: Callable[..., Any] | None = None) -> None:
+    def __init__(
+        self,
+        role: str,
+        model: Any,
+        custom: Callable[..., Any] | None = None,
+        learn: Callable[[], tuple[Callable[..., Any], str]] | None = None,
+    ) -> None:
         self.role = role
         self.model = model
         self.custom = custom
+        self.learn = learn
         self.style: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
         self.description = "calls[...] of the setup" if custom else ""
         self.takes_mask = True
@@ -143,7 +153,13 @@ class Caller:
             self.style, self.description, self.takes_mask = style, description, takes_mask
             return raw
         assert first_error is not None
-        raise first_error
+        if self.learn is None:
+            raise first_error
+        try:
+            self.style, self.description = self.learn()
+        except Unavailable:
+            raise first_error from None
+        return self.style(ids, mask, **more)
 
     @property
     def signature(self) -> Mapping[str, inspect.Parameter]:

@@ -262,13 +262,26 @@ class Models:
         live = Live(
             role,
             model,
-            Caller(role, model, self.setup.calls.get(role)),
+            Caller(role, model, self.setup.calls.get(role), self._learner(model)),
             loaded_here=path is not None,
             seed=self.options.seed,
         )
         if role == "value" and role not in self.setup.calls:
             live.score_head = pooled_score_head(model)
         return live
+
+    def _learner(self, model: Any) -> Any:
+        import torch
+
+        if self.setup.step is None or not isinstance(model, torch.nn.Module):
+            return None
+
+        def learn() -> Any:
+            from rlhf_doctor.instruments.watching import learn_call
+
+            return learn_call(self.setup, model)
+
+        return learn
 
 
 def pooled_score_head(model: Any) -> Any:
