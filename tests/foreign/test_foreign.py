@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from foreign import plain
+from foreign import folders, plain
 from rlhf_doctor import RLHFSetup, examine
 from rlhf_doctor.report.record import record
 
-EVERY = {f"plain/{name}": made for name, made in plain.CASES.items()}
+EVERY: dict[str, Any] = {f"plain/{name}": made for name, made in plain.CASES.items()}
+EVERY |= {f"folders/{name}": made for name, made in folders.CASES.items()}
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_diagnosis(name: str) -> None:
+def test_diagnosis(name: str, tmp_path: Path) -> None:
     build, code, role = EVERY[name]
-    made = examined(build)
+    made = examined(build if name.startswith("plain") else functools.partial(build, tmp_path))
     lines = [f"{f['code']} {f['role']} {f['severity']}: {f['message']}" for f in made["findings"] if f["severity"] != "info"]
     assert not made["crashed"], made["crashed"]
     if code is None:
