@@ -14,6 +14,7 @@ __all__ = [
     "Influence",
     "Inputs",
     "Invariance",
+    "Loading",
     "Manifest",
     "Output",
     "Parameters",
@@ -130,6 +131,19 @@ class Manifest:
     def head(self, kind: str) -> Head | None:
         """The head of that kind, None where there is none."""
         return next((head for head in self.heads if head.kind == kind), None)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What happened when a checkpoint was loaded, by parameter name.
+
+    ``missing`` were not in the checkpoint and are random now; ``unexpected`` are in it and were dropped; ``built`` says
+    what was built from it, and by which rule.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    built: str
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from rlhf_doctor.instruments.files import BadFile, said_by, kind_of, parse_json
+from rlhf_doctor.instruments.files import BadFile, kind_of, parse_json, said_by
 from rlhf_doctor.instruments.readings import TensorInfo
 
 __all__ = ["read_header"]

@@ -107,6 +107,16 @@ def fingerprint(vocabulary: Mapping[str, int]) -> str:
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
 
 
+def token_ids(folder: Path) -> dict[str, int]:
+    """Token -> id of the tokenizer in a folder, added tokens included; empty where it has none that can be read."""
+    whole = read_object(folder / "tokenizer.json", {"added_tokens": (list,), "model": (dict,)}, [], TOKENIZER_LIMIT)
+    config = read_object(folder / "tokenizer_config.json", KINDS, [])
+    try:
+        return _vocabulary(folder, whole) | _added(whole, config)[0]
+    except BadFile:
+        return {}
+
+
 def _vocabulary(folder: Path, whole: Mapping[str, Any]) -> dict[str, int]:
     """Token -> id of the model, without the added tokens.
 
