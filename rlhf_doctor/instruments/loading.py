@@ -151,9 +151,28 @@ def _whole(source: Source) -> tuple[torch.nn.Module, Loading]:
     name = _auto_class(source)
     if name == "":
         return _with_own_head(source)
-    auto: Any = getattr(transformers, name)
-    model, report = auto.from_pretrained(str(source.path), output_loading_info=True, **source.how)
+    model, report = _built(source, getattr(transformers, name), str(source.path), **source.how)
     return model, _report(report, type(model).__name__)
+
+
+def _built(source: Source, auto: Any, where: str | None, **more: Any) -> tuple[Any, Mapping[str, Any]]:
+    """(the model, what happened to which parameter), built by a class of transformers.
+
+    Raises:
+        Broken: a tensor has another shape than the model that the config describes.
+    """
+    # Mismatches are let through to be named below: transformers itself only prints them.
+    model, report = auto.from_pretrained(where, output_loading_info=True, ignore_mismatched_sizes=True, **more)
+    for name, held, wanted in sorted(report.get("mismatched_keys") or (), key=str):
+        hint = ""
+        if any(head.name == name for head in source.heads) and "id2label" not in source.manifest.config:
+            hint = f"; config.json names no labels (id2label), from which transformers takes {wanted[0]}"
+        raise Broken(
+            source.role,
+            f"{source.role}: {name!r} in {source.path} has shape {tuple(held)}, and {tuple(wanted)} in the "
+            f"{type(model).__name__} that its config.json describes{hint}",
+        )
+    return model, report
 
 
 def _auto_class(source: Source) -> str:
@@ -186,11 +205,10 @@ def _with_own_head(source: Source) -> tuple[torch.nn.Module, Loading]:
     below = {n.removeprefix(DEEPSPEED_CHAT): t for n, t in source.state.items() if n.startswith(DEEPSPEED_CHAT)}
     if below:
         base = transformers.AutoModel._model_mapping[type(source.config)]
-        model, report = base.from_pretrained(
-            None, config=source.config, state_dict=below, output_loading_info=True, dtype=source.how["dtype"]
-        )
+        more = {"config": source.config, "state_dict": below, "dtype": source.how["dtype"]}
+        model, report = _built(source, base, None, **more)
     else:
-        model, report = transformers.AutoModel.from_pretrained(str(source.path), output_loading_info=True, **source.how)
+        model, report = _built(source, transformers.AutoModel, str(source.path), **source.how)
     return _wrapped(source, model, report)
 
 
@@ -255,15 +273,18 @@ def _adapted(source: Source) -> tuple[torch.nn.Module, Loading]:
         auto = CLASSIFIERS["ForTokenClassification" if task == "TOKEN_CLS" else "ForSequenceClassification"]
         # The number of labels is nowhere in an adapter's config; its own head has it.
         labels = {"num_labels": own[0].width} if own else {}
-    model, report = getattr(transformers, auto).from_pretrained(
-        str(base), output_loading_info=True, **source.how, **labels
-    )
-    adapted = peft.PeftModel.from_pretrained(model, str(source.path), is_trainable=False)
-    info = _report(report, f"{type(model).__name__} with an adapter")
-    held = {**source.manifest.adapter_tensors, **source.state}
-    lost = tuple(sorted(set(peft.get_peft_model_state_dict(adapted)) - set(held)))
-    covered = tuple(n for n in info.missing if any(h.name.endswith(n) for h in own))
-    info = Loading(tuple(n for n in (*info.missing, *lost) if n not in covered), info.unexpected, info.built)
+    model, report = _built(source, getattr(transformers, auto), str(base), **source.how, **labels)
+    config = peft.PeftConfig.from_pretrained(str(source.path))
+    config.inference_mode = True
+    adapted = peft.get_peft_model(model, config)
+    held = {n: _tensor(source, n) for n in (source.manifest.adapter_tensors or source.state)}
+    own_values = peft.get_peft_model_state_dict(adapted)
+    lost = sorted(own_values.keys() - held.keys())
+    # What the adapter should have and has not keeps its fresh value: it is named, and the rest can be examined.
+    result = peft.set_peft_model_state_dict(adapted, {**{n: own_values[n] for n in lost}, **held})
+    kept = [n for n in report.get("missing_keys") or () if not any(head.name.endswith(n) for head in own)]
+    unused = [n for n in result.unexpected_keys if not any(n.startswith(_head_group(h.name)) for h in own)]
+    info = Loading((*sorted(kept), *lost), tuple(unused), f"{type(model).__name__} with an adapter")
     if language and own and source.role not in ("policy", "reference"):
         wrapped, _ = _wrapped(source, adapted.get_base_model().base_model, report)
         return wrapped, info
