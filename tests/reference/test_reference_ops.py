@@ -221,7 +221,10 @@ def test_policy_loss_by_hand():
     # Epsilon 0.2. A > 0: min(1.5, 1.2) and min(0.5, 0.8); A < 0: min(-1.5, -1.2) and min(-0.5, -0.8).
     expected = -(1.2 + 0.5 - 1.5 - 0.8) / 4
     near(ops.clipped_policy_loss(logp, old, advantage, mask, 0.2), torch.tensor(expected, dtype=DOUBLE))
-    near(ops.clip_fraction(logp, old, advantage, mask, 0.2), torch.tensor(0.5, dtype=DOUBLE))
+    for row, column, cut in ((0, 0, 1.0), (0, 1, 0.0), (1, 0, 0.0), (1, 1, 1.0)):
+        one = torch.zeros_like(mask)
+        one[row, column] = True
+        near(ops.clip_fraction(logp, old, advantage, one, 0.2), torch.tensor(cut, dtype=DOUBLE))
     # Without a clip it is the importance-weighted advantage.
     near(ops.clipped_policy_loss(logp, old, advantage, mask, 1e9), torch.tensor(0.0, dtype=DOUBLE))
 

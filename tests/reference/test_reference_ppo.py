@@ -45,6 +45,56 @@ def test_the_ratio_is_1_before_the_first_update(models):
     assert metrics["first_ratio"] == pytest.approx(1.0, abs=1e-6) and metrics["ratio"] != 1.0
 
 
+def test_every_epoch_visits_every_response_once(models):
+    drawn, policies, values = [], [], []
+
+    def sample(*arguments, **options):
+        drawn.append(rollout.sample(*arguments, **options))
+        return drawn[-1]
+
+    parts = ppo.Parts(
+        sample=sample,
+        policy_loss=spy(ops.clipped_policy_loss, policies),
+        value_loss=spy(ops.clipped_value_loss, values),
+    )
+    iterate(models, replace(SMALL, clip_range=0.3, clip_range_value=0.4, ppo_epochs=3), parts)
+    assert len(policies) == len(values) == 3 * 2
+    for epoch in range(3):
+        old = torch.cat([arguments[1] for arguments, _ in policies[2 * epoch : 2 * epoch + 2]])
+        first = torch.cat([arguments[1] for arguments, _ in policies[:2]])
+        assert sorted(old.sum(1).tolist()) == sorted(first.sum(1).tolist()) and len(set(old.sum(1).tolist())) == 8
+    assert policies[0][0][4] == 0.3 and values[0][0][4] == 0.4
+    v, old_v, _, mask, _, _ = values[0][0]  # the critic before its first update
+    torch.testing.assert_close(v[mask], old_v[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_the_value_loss_has_its_weight(models):
+    s = replace(SMALL, num_minibatches=1, ppo_epochs=1, vf_coef=0.01)
+    once = iterate(copy.deepcopy(models), s)
+    twice = iterate(copy.deepcopy(models), replace(s, vf_coef=0.02))
+    assert twice["value_grad_norm"] == pytest.approx(2 * once["value_grad_norm"], rel=1e-4)
+    assert twice["policy_grad_norm"] == pytest.approx(once["policy_grad_norm"], rel=1e-4)
+
+
+def test_the_penalty_reaches_the_score(models):
+    seen = []
+    iterate(models, replace(SMALL, missing_eos_penalty=3.0), ppo.Parts(score=spy(rollout.score, seen)))
+    assert seen[0][1] == {"missing_eos_penalty": 3.0}
+
+
+def test_whitened_rewards_keep_their_mean(models):
+    seen, raw = [], []
+
+    def rewards(*arguments):
+        raw.append(ops.shaped_rewards(*arguments))
+        return raw[-1]
+
+    iterate(models, replace(SMALL, whiten_rewards=True), ppo.Parts(rewards=rewards, gae=spy(ops.gae, seen)))
+    (r, _, mask, _, _), _ = seen[0]
+    assert r[mask].std().item() == pytest.approx(1.0, abs=1e-4) and raw[0][mask].std() < 0.9
+    assert r[mask].mean().item() == pytest.approx(raw[0][mask].mean().item(), abs=1e-5)
+
+
 def test_without_a_learning_rate_nothing_moves(models):
     models = replace(models, reference=copy.deepcopy(models.policy))
     before = weights(models.policy), weights(models.value)

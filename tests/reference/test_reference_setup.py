@@ -89,6 +89,21 @@ def test_the_reward_model_ranks_and_is_on_scale(trained):
     assert abs(torch.corrcoef(torch.stack([scores, lengths]))[0, 1]) < 0.3
 
 
+def test_normalizing_undoes_any_scale_and_shift():
+    models = setup.build_models(0, trained=False)
+    prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts())
+    torch.manual_seed(0)
+    r = rollout.sample(models.reference, prompt, mask, T=20, temperature=1.0, eos=2, pad=0)
+    with torch.no_grad():
+        models.reward.score.weight.mul_(5)
+    before = rollout.score(models.reward, r)
+    mean, deviation = reward_modeling.normalize(models.reward, r)
+    assert abs(mean) > 0.5 and (mean, deviation) == pytest.approx((before.mean().item(), before.std().item()), rel=1e-4)
+    after = rollout.score(models.reward, r)
+    assert after.mean().item() == pytest.approx(0.0, abs=1e-4) and after.std().item() == pytest.approx(1.0, abs=1e-4)
+    assert torch.corrcoef(torch.stack([before, after]))[0, 1] > 0.9
+
+
 def test_the_end_of_sequence_hardly_turns_a_ranking(trained):
     texts = [(p, c) for p, c, _ in trained["preferences"]] + [(p, r) for p, _, r in trained["preferences"]]
     with torch.no_grad():
