@@ -155,7 +155,7 @@ def folder_problem(path: Path) -> str | None:
         if path.exists():
             return f"{path} is a file: give the checkpoint's folder, {path.parent}"
         if path.is_symlink():
-            return f"{path} is a link to {os.readlink(path)}, which does not exist"
+            return f"{path} is a link to {os.readlink(path)}, which leads nowhere"
     except (OSError, ValueError) as error:
         return f"{path} cannot be read: {said_by(error)}"
     hint = _nearest(path)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -289,7 +290,7 @@ def _exists(path: Path) -> bool:
 def _elsewhere(path: Path) -> str:
     """A folder below that does hold a checkpoint, as a hint."""
     found: list[Path] = []
-    for top, folders, files in os.walk(path):
+    for top, folders, files in islice(os.walk(path), 200):  # a hint is worth no search through a whole disk
         depth = len(Path(top).parts) - len(path.parts)
         folders[:] = sorted(folders)[:64] if depth < 3 else []
         if depth and ("config.json" in files or "adapter_config.json" in files):
