@@ -1,6 +1,6 @@
 """The report record: everything that is shown, as plain JSON data. Renderers read this and nothing else.
 
-The record is documented by ``SCHEMA`` below; ``schema_version`` rises when a key changes its meaning.
+``rlhf_doctor.report.schema`` documents every key.
 """
 
 from __future__ import annotations
@@ -17,36 +17,13 @@ from rlhf_doctor.check import Check, registry
 from rlhf_doctor.diagnosis import diagnose
 from rlhf_doctor.examine import Examination
 from rlhf_doctor.finding import MODEL_ROLES, Confidence, Errored, Finding, Found, Passed, Role, Severity, Skipped
+from rlhf_doctor.report.cards import card
+from rlhf_doctor.report.schema import SCHEMA, SCHEMA_VERSION
+from rlhf_doctor.report.verdict import verdict
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "exit_code", "record", "unreadable"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "exit_code", "read_inputs", "record", "unreadable"]
 
-SCHEMA_VERSION = 1
-SCHEMA: Mapping[str, str] = {
-    "schema_version": "1",
-    "verdict": "status (healthy, findings, unreadable, tool-error), sentence, counts by severity",
-    "diagnosis[]": "root causes, most likely first: code, slug, role, severity, confidence, title, message, explains[] "
-    "(code, role of what follows from it)",
-    "findings[]": "code, slug, family, title, role, severity, confidence, message, evidence[] (quantity, expected, "
-    "observed, tolerance, where, reproduce), page (heading -> text), cause (code of the root it is folded under, or null)",
-    "skipped[]": "code, slug, title, reason",
-    "passed[]": "code, slug, title",
-    "errors[]": "role, message: what could not be read or judged",
-    "crashed[]": "code, traceback: faults of this tool",
-    "setup": "origin, declared, trust_remote_code, roles (role -> card, see CARD)",
-    "environment": "versions, platform, command, stage, seed, device, dtype, started, seconds, inputs[] (path, bytes, sha256)",
-}
-EXPECTED_SHAPE = {
-    "policy": "(batch, tokens, vocabulary)",
-    "reference": "(batch, tokens, vocabulary)",
-    "reward": "(batch,) or (batch, 1)",
-    "value": "(batch, tokens) or (batch, tokens, 1)",
-}
-PURPOSE = {
-    "policy": "the language model being aligned",
-    "reference": "the frozen policy from before RL, anchor of the KL penalty",
-    "reward": "scores a whole response with one number, learnt from preferences",
-    "value": "the critic: estimates the return from every state",
-}
+DIAGNOSED = ("id", "code", "slug", "role", "severity", "confidence", "title", "message")
 
 
 def record(
@@ -72,9 +49,16 @@ def record(
     found = [(c, f) for c, f in examination.findings if suspected or f.confidence is not Confidence.SUSPECTED]
     severities = [f.severity or checks[c].severity for c, f in found]
     roots = diagnose(found, severities)
-    cause = {j: found[d.index][0] for d in roots for j in d.explains}
+    ids = _ids(found)
+    cause = {j: d.index for d in roots for j in d.explains}
     findings = [
-        _finding(checks[c], f, s, cause.get(i)) for i, ((c, f), s) in enumerate(zip(found, severities, strict=True))
+        _finding(checks[c], f, s)
+        | {
+            "id": ids[i],
+            "cause": found[cause[i]][0] if i in cause else None,
+            "cause_id": ids[cause[i]] if i in cause else None,
+        }
+        for i, ((c, f), s) in enumerate(zip(found, severities, strict=True))
     ]
     errors = [{"role": role, "message": said} for role, said in (*examination.errors, *more_errors)]
     crashed = [
@@ -87,13 +71,15 @@ def record(
         "tool": {"name": "rlhf-doctor", "version": _version("rlhf-doctor")},
         "diagnosis": [
             {
-                **{k: findings[d.index][k] for k in ("code", "slug", "role", "severity", "confidence", "title", "message")},
-                "explains": [{k: findings[j][k] for k in ("code", "role")} for j in d.explains],
+                **{k: findings[d.index][k] for k in DIAGNOSED},
+                "explains": [{k: findings[j][k] for k in ("id", "code", "role")} for j in d.explains],
             }
             for d in roots
         ],
         "findings": findings,
+        "hidden": len(examination.findings) - len(found),
         "skipped": [_named(checks[o.code]) | {"reason": o.reason} for o in skipped],
+        "not_run": [_named(c) | {"stage": c.stage} for code, c in checks.items() if code not in examination.outcomes],
         "passed": [_named(checks[o.code]) for o in passed],
         "errors": errors,
         "crashed": crashed,
@@ -119,7 +105,7 @@ def record(
             "inputs": [dict(i) for i in inputs],
         },
     }
-    made["verdict"] = _verdict(made)
+    made["verdict"] = verdict(made)
     plain: dict[str, Any] = _plain(made)
     return plain
 
@@ -147,60 +133,6 @@ def exit_code(made: Mapping[str, Any], fail_on: Severity = Severity.ERROR, *, st
     return 1 if grave or (strict and made["skipped"]) else 0
 
 
-def card(role: Role, examination: Examination) -> dict[str, Any]:
-    """CARD: what the report shows of one model.
-
-    Keys: role, purpose, present, class_name, model_type, origin, path, kind, why, emits, expected_shape,
-    measured_shape, where, dtype, parameters, trainable, state (trained, frozen, partly trained, unknown), head,
-    influence (tokens, tokens_of, score, method, sees_future, coverage, reach) or null, census or null.
-    """
-    shown = examination.shown
-    manifest = shown.get(f"{role}_manifest")
-    output = shown.get(f"{role}_output")
-    parameters = shown.get(f"{role}_parameters")
-    census = shown.get(f"{role}_census")
-    influence = shown.get(f"{role}_influence")
-    architecture = shown.get(f"{role}_architecture")
-    head = manifest.heads[0] if manifest and manifest.heads else None
-    made: dict[str, Any] = {
-        "role": role,
-        "purpose": PURPOSE[role],
-        "present": examination.setup.model(role) is not None,
-        "class_name": manifest.class_name if manifest else None,
-        "model_type": manifest.model_type if manifest else None,
-        "origin": manifest.origin if manifest else None,
-        "path": manifest.path if manifest else None,
-        "kind": architecture.kind if architecture else None,
-        "why": architecture.sentence if architecture else None,
-        "emits": output.kind if output else None,
-        "expected_shape": EXPECTED_SHAPE[role],
-        "measured_shape": str(output.shape) if output else None,
-        "where": output.where if output else None,
-        "dtype": output.dtype if output else None,
-        "parameters": parameters.total if parameters else None,
-        "trainable": parameters.trainable if parameters else None,
-        "state": _state(parameters),
-        "head": dataclasses.asdict(head) if head else None,
-        "influence": None,
-        "census": dataclasses.asdict(census) | {"depth_per_token": census.depth_per_token} if census else None,
-    }
-    if influence:
-        made["influence"] = dataclasses.asdict(influence) | {
-            "sees_future": influence.sees_future,
-            "coverage": influence.coverage,
-            "reach": influence.reach,
-        }
-    return made
-
-
-def _state(parameters: Any) -> str:
-    if parameters is None or parameters.loaded_here:
-        return "unknown"
-    if parameters.trainable == 0:
-        return "frozen"
-    return "trained" if parameters.trainable == parameters.total else "partly trained"
-
-
 def _grave(outcome: Any, checks: Mapping[str, Check]) -> bool:
     return isinstance(outcome, Found) and any(
         (f.severity or checks[outcome.code].severity) is not Severity.INFO for f in outcome.findings
@@ -211,7 +143,18 @@ def _named(one: Check) -> dict[str, Any]:
     return {"code": one.code, "slug": one.slug, "title": one.title}
 
 
-def _finding(one: Check, f: Finding, severity: Severity, cause: str | None) -> dict[str, Any]:
+def _ids(found: Sequence[tuple[str, Finding]]) -> list[str]:
+    """Code and role, and from the second of a kind on its number: stable names for links."""
+    seen: dict[str, int] = {}
+    ids = []
+    for code, f in found:
+        name = f"{code}-{f.role}"
+        seen[name] = seen.get(name, 0) + 1
+        ids.append(name if seen[name] == 1 else f"{name}-{seen[name]}")
+    return ids
+
+
+def _finding(one: Check, f: Finding, severity: Severity) -> dict[str, Any]:
     return _named(one) | {
         "family": one.family,
         "role": f.role,
@@ -220,26 +163,7 @@ def _finding(one: Check, f: Finding, severity: Severity, cause: str | None) -> d
         "message": f.message,
         "evidence": [dataclasses.asdict(e) for e in f.evidence],
         "page": dict(one.page),
-        "cause": cause,
     }
-
-
-def _verdict(made: Mapping[str, Any]) -> dict[str, Any]:
-    counts = {str(s): sum(f["severity"] == s for f in made["findings"]) for s in Severity}
-    ran = len(made["passed"]) + len({f["code"] for f in made["findings"] if f["severity"] != "info"})
-    if made["crashed"]:
-        status, sentence = "tool-error", f"{len(made['crashed'])} checks of this tool crashed; the verdict is incomplete."
-    elif made["diagnosis"]:
-        first = made["diagnosis"][0]
-        status = "findings"
-        advice = "Do not book GPUs for it yet." if counts["error"] else "It would run, at a risk."
-        sentence = f"This RLHF setup is not sound. {advice} Most likely cause, in the {first['role']}: {first['message']}"
-    elif made["errors"]:
-        status, sentence = "unreadable", f"Not everything could be examined: {made['errors'][0]['message']}"
-    else:
-        status = "healthy"
-        sentence = f"No fault was found by {ran} checks; {len(made['skipped'])} could not be decided with what was given."
-    return {"status": status, "sentence": sentence, "counts": counts}
 
 
 def _version(name: str) -> str | None:
@@ -253,7 +177,9 @@ def _plain(value: Any) -> Any:
     """Strict JSON: NaN and infinities become words, paths and enums strings, mappings dicts."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
+    if isinstance(value, (set, frozenset)):
+        return sorted((_plain(v) for v in value), key=str)
+    if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
     if isinstance(value, bool) or value is None or isinstance(value, int):
         return value
@@ -270,5 +196,6 @@ def read_inputs(paths: Sequence[Path]) -> list[dict[str, Any]]:
     for path in paths:
         size = path.stat().st_size
         small = size <= 1 << 24
-        rows.append({"path": str(path), "bytes": size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if small else None})
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if small else None
+        rows.append({"path": str(path), "bytes": size, "sha256": digest})
     return rows
