@@ -40,6 +40,8 @@ def reading(role: str, models: Models, inputs: Inputs, output: Output, influence
         middle = text[: length // 2] + [inputs.eos_id] + text[length // 2 + 1 :]
         cases["eos inside the prompt"] = (middle, [1] * length)
         cases["eos at the end"] = ([*text[:-1], inputs.eos_id, *pads], [1] * length + [0] * 4)
+    if inputs.bos_id is not None:
+        cases["bos at the start"] = ([inputs.bos_id, *text, *pads], [1] * (length + 1) + [0] * 4)
     read: dict[str, tuple[int, int, int]] = {}
     for name, (ids, mask) in cases.items():
         if name == "left padding" and not live.caller.takes_mask:

@@ -69,6 +69,8 @@ def score_texts(live: Live, prompts: Sequence[str], responses: Sequence[str]) ->
         except (Exception, SystemExit) as error:
             said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise Broken(live.role, f"{live.role}: the reward function raised: {said}") from error
+    if isinstance(raw, (list, tuple)) and any(v is None for v in raw):  # TRL's way for a function to abstain
+        raw = [float("nan") if v is None else float(v) for v in raw]
     called = pick("reward", raw, len(prompts), 1)
     if called is None or called.tensor.numel() != len(prompts):
         shape = "nothing readable" if called is None else f"shape {tuple(called.tensor.shape)}"

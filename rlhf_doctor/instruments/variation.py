@@ -23,12 +23,14 @@ ROUNDING = {"float64": 2.2e-16, "float32": 1.2e-7, "bfloat16": 7.8e-3, "float16"
 
 @dataclass(frozen=True)
 class LastProjection:
-    """The last matrix product on the way to an output.
+    """The last matrix product that ends in one number, else the last of all.
 
-    ``input_spread`` is the largest change of any of its input features over positions and texts, ``weight_zero``
-    whether its weight is exactly zero, ``tied_to`` the embedding whose memory it shares.
+    ``to_one`` says that it ends in one number, ``input_spread`` is the largest change of any of its input features over
+    positions and texts, ``weight_zero`` whether its weight is exactly zero, ``tied_to`` the embedding whose memory it
+    shares.
     """
 
+    to_one: bool
     input_spread: float
     weight_zero: bool
     tied_to: str
@@ -134,7 +136,9 @@ def _spy(live: Live) -> Any:
             result = func(*args, **(kwargs or {}))
             operands = [a for a in (*args, *(kwargs or {}).values()) if isinstance(a, torch.Tensor)]
             if func in PROJECTIONS and len(operands) >= 2 and isinstance(operands[1], torch.nn.Parameter):
-                self.last = (operands[0].detach(), operands[1])
+                to_one = operands[1].dim() == 1 or operands[1].shape[0] == 1
+                if to_one or self.last is None or self.last[1].shape[0] != 1:
+                    self.last = (operands[0].detach(), operands[1])
             return result
 
         def found(self, live: Live) -> LastProjection:
@@ -142,6 +146,7 @@ def _spy(live: Live) -> Any:
             given, weight = self.last
             flat = given.double().reshape(-1, given.shape[-1])
             return LastProjection(
+                to_one=weight.dim() == 1 or weight.shape[0] == 1,
                 input_spread=float((flat.amax(0) - flat.amin(0)).max()) if flat.numel() else 0.0,
                 weight_zero=not bool(weight.detach().any()),
                 tied_to=embeddings.get(weight.untyped_storage().data_ptr(), ""),

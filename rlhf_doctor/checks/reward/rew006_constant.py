@@ -1,0 +1,207 @@
+"""REW006: the score depends on the response and on the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf_doctor.check import check
+from rlhf_doctor.facts import Unavailable
+from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
+from rlhf_doctor.instruments.function_range import FunctionRange
+from rlhf_doctor.instruments.on_samples import OnSamples
+from rlhf_doctor.instruments.preferences import PairScores
+from rlhf_doctor.instruments.readings import Influence, Manifest
+from rlhf_doctor.instruments.variation import Variation
+
+FEWEST = 8
+
+
+@check(
+    "REW006",
+    "the score depends on the response and on the prompt",
+    stage=Stage.PROBE,
+    severity=Severity.ERROR,
+    after=("REW001", "REW002", "PRE004"),
+)
+def reward_constant(
+    reward_manifest: Manifest,
+    reward_variation: Variation | None = None,
+    reward_influence: Influence | None = None,
+    reward_on_samples: OnSamples | None = None,
+    reward_preferences: PairScores | None = None,
+    reward_function_range: FunctionRange | None = None,
+) -> Iterator[Finding]:
+    """
+    What it examines:
+        A text of 16 tokens is scored with its second half replaced six times, then with its first half replaced six
+        times. The score should move both times; "no dependence on the first half" also needs a gradient of exactly
+        zero there, since rounding can hide a weak one. A reward function is asked for the policy's own samples, for
+        the preference pairs, and for other texts, among them every text that its code mentions; it may well give the
+        same number for all samples, as a strict verifier does, and that is info, unless nothing at all moves it, or
+        the opening tag that the prompt already ends in does.
+
+    Why it matters:
+        If the response does not change the score, every advantage is noise around zero and PPO learns nothing while
+        all curves look alive. If the prompt does not, the policy learns one pleasing answer to everything.
+
+    What it looks like when broken:
+        A reward of standard deviation 0, often exactly 1.0 (a softmax over one label) or 0.0; advantages that are only
+        KL; the same favourite phrase after every prompt.
+
+    How to fix:
+        1. Score two very different responses by hand. If they tie, look at what stands behind the head: a softmax over
+           one label is always 1, and a sigmoid of large numbers too.
+        2. Decode what the reward model is given: the prompt must be in it, in the template it was trained with.
+        3. For a format reward, print one sampled response: a template that ends in an opening tag leaves the tag out of
+           the response.
+
+    Source:
+        https://github.com/vllm-project/vllm/pull/18313 (softmax over one label),
+        https://github.com/OpenRLHF/OpenRLHF/pull/363 (prompt dropped),
+        https://github.com/huggingface/trl/issues/6966 (a tag that the template has already written).
+    """
+    if reward_variation is not None:
+        yield from _of_model(reward_variation, reward_influence, reward_manifest)
+        return
+    if reward_on_samples is None and reward_preferences is None:
+        raise Unavailable("needs prompts and a policy to sample from, or preferences")
+    if reward_manifest.origin == "callable":
+        yield from _of_function(reward_on_samples, reward_preferences, reward_function_range, reward_manifest)
+
+
+def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> Iterator[Finding]:
+    half = v.length // 2
+    response, prompt = v.moved(v.by_response), v.moved(v.by_prompt)
+    row = () if influence is None else influence.score or (influence.tokens[-1] if influence.tokens else ())
+    gradient = max(row[: len(row) // 2], default=0.0)
+    if response <= v.rounding and prompt <= v.rounding:
+        what = f"is {v.base:.6g} for every text"
+        advice = (
+            "It should differ between texts: look for a softmax over one label, a saturated sigmoid, a head of zeros."
+        )
+    elif response <= v.rounding:
+        what = "does not depend on the response"
+        advice = "It should be read at the last token of the response."
+    elif prompt == 0.0 and gradient == 0.0:
+        what = "does not depend on the prompt"
+        advice = "The reward model should see prompt and response together."
+    else:
+        return
+    yield Finding(
+        f"The reward model's score {what}. {advice}",
+        role="reward",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                f"largest change of the score when tokens {half} … {v.length - 1} of {v.length} are "
+                "replaced, six times",
+                expected="well above rounding",
+                observed=f"{response:.3g}, the score being {v.base:.6g}",
+                tolerance=f"{v.rounding:.2g}",
+                where=manifest.class_name,
+            ),
+            Evidence(
+                f"largest change of the score when tokens 0 … {half - 1} are replaced, six times",
+                expected="not exactly 0",
+                observed=f"{prompt:.3g}; largest gradient there, of the row's largest: {gradient:.3g}",
+                where=manifest.class_name,
+            ),
+        ),
+    )
+
+
+def _of_function(
+    samples: OnSamples | None, pairs: PairScores | None, wide: FunctionRange | None, manifest: Manifest
+) -> Iterator[Finding]:
+    given = [*(samples.numbers if samples else ())]
+    paired = [score for pair in (pairs.with_eos if pairs else ()) for score in pair]
+    if len(given) + len(paired) < FEWEST or len({*given, *paired}) > 1:
+        return
+    value = (given or paired)[0]
+    texts = f"{len(given)} sampled responses" + (f" and {len(paired)} of the preference pairs" if paired else "")
+    evidence = [
+        Evidence(f"scores of {texts}", "at least two different ones", f"{value:.6g} for all", where=manifest.class_name)
+    ]
+    message = (
+        f"The reward function gives {value:.6g} for all {texts}. That is normal for a strict verifier and a "
+        "policy that "
+        "does not yet solve the task; nothing is learned until some response scores otherwise."
+    )
+    severity: Severity | None = Severity.INFO
+    if wide is not None and any(score != value for score in wide.behind):
+        changed = sum(score != value for score in wide.behind)
+        message = (
+            f"The reward function gives {value:.6g} for all {texts}, and something else once "
+            f"{wide.prefill.strip()!r}, with "
+            "which the prompt already ends, is put before the response. It should be asked for that tag "
+            "and the response, "
+            "or not look for the tag."
+        )
+        evidence.append(Evidence("scores that change with the tag before the response", "0", f"{changed}"))
+        severity = Severity.WARNING
+    elif paired or (wide is not None and all(score == value for score in wide.others)):
+        message = (
+            f"The reward function gives {value:.6g} for all {texts}"
+            + ("" if paired else " and for every other text that was tried")
+            + ". It should tell a good response from a bad one: look for a test that never matches, or a "
+            "result that is "
+            "overwritten."
+        )
+        severity = Severity.WARNING
+        if wide is not None:
+            evidence.append(Evidence("scores of other texts", "some other than that", f"{len(wide.others)} tried"))
+    yield Finding(message, role="reward", confidence=Confidence.MEASURED, severity=severity, evidence=tuple(evidence))
+
+
+@reward_constant.fault("a softmax over one label")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import scorers
+
+    return healthy.but(
+        reward=scorers.Rescored(healthy.reward, lambda s, ids, mask: s[:, None].softmax(-1)[:, 0]).eval()
+    )
+
+
+@reward_constant.fault("hand-written, a sigmoid far in saturation")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import specimens
+
+    def squash(x: Any) -> Any:
+        return (x * 10 + 1000).sigmoid()
+
+    return healthy.but(reward=specimens.hand_written_critic(healthy, pool="last", squash=squash).eval())
+
+
+@reward_constant.fault("a head of zeros")
+def _(healthy: Any) -> Any:
+    import copy
+
+    changed = copy.deepcopy(healthy.reward)
+    changed.score.weight.data.zero_()
+    return healthy.but(reward=changed)
+
+
+@reward_constant.fault("the prompt is cut off before scoring")
+def _(healthy: Any) -> Any:
+    reward = healthy.reward
+
+    def call(model: Any, ids: Any, mask: Any) -> Any:
+        half = ids.shape[1] // 2
+        return model(input_ids=ids[:, half:], attention_mask=mask[:, half:]).logits
+
+    return healthy.but(reward=reward, calls={**healthy.calls, "reward": call})
+
+
+@reward_constant.fault("a function that looks for a tag which the prompt already ends in")
+def _(healthy: Any) -> Any:
+    def starts_with_thought(prompts: list[str], responses: list[str]) -> list[float]:
+        return [float(r.lstrip().startswith("<think>")) for r in responses]
+
+    import copy
+
+    tokenizer = copy.deepcopy(healthy.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
+    )
+    return healthy.but(reward=starts_with_thought, tokenizer=tokenizer, preferences=None)
