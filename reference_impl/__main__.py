@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reference_impl", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=100, help="of PPO (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=150, help="of PPO (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="responses an iteration (default: %(default)s)")
     parser.add_argument("--kl-coef", type=float, default=0.05, help="weight of the KL penalty (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=8192, help="for reward modelling (default: %(default)s)")

@@ -53,9 +53,10 @@ def logprobs(logits: Tensor, a: Tensor, temperature: float = 1.0) -> Tensor:
     """log π(a_t | s_t) = z_t[a_t] - log Σ_v exp z_t[v], with z = logits / temperature.
 
     logits (..., T, V) and a (..., T) int → (..., T), in float32 or wider. The temperature is the sampling one, so that
-    this is the distribution the tokens came from ([N+] §3, "sampling temperature").
+    this is the distribution the tokens came from ([N+]).
     """
-    assert logits.shape[:-1] == a.shape and temperature > 0, (logits.shape, a.shape, temperature)
+    assert logits.shape[:-1] == a.shape, (logits.shape, a.shape)
+    assert temperature > 0, temperature
     z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     return z.gather(-1, a[..., None])[..., 0] - z.logsumexp(-1)
 
@@ -74,7 +75,8 @@ def token_logprobs(
     hidden (B, T, D), a (B, T) int → (B, T). Long inputs are cut along T and each piece's logits are computed again in
     the backward pass; a short input is one piece and is not.
     """
-    assert hidden.shape[:-1] == a.shape and hidden.dim() == 3, (hidden.shape, a.shape)
+    assert hidden.dim() == 3, hidden.shape
+    assert hidden.shape[:-1] == a.shape, (hidden.shape, a.shape)
     width = max(1, chunk_elements // (hidden.shape[0] * head.weight.shape[0]))
 
     def piece(h: Tensor, tokens: Tensor) -> Tensor:
@@ -128,7 +130,7 @@ def pool_last(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def shaped_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -β kl_t + [t = last] score: a KL penalty at every token, the score at the last one ([N+] §3).
+    """r_t = -β kl_t + [t = last] score: a KL penalty at every token, the score at the last one ([N+]).
 
     score (B,), kl and mask (B, T) → (B, T), zero outside the mask.
     """
@@ -209,7 +211,7 @@ def clip_fraction(
 def clipped_value_loss(
     v: Tensor, old_v: Tensor, returns: Tensor, mask: Tensor, epsilon: float, count: Tensor | float | None = None
 ) -> Tensor:
-    """½ E_t[max((V_t - R_t)², (clip(V_t, V_old,t - ε, V_old,t + ε) - R_t)²)]. ([N+] §3, "value clipping")
+    """½ E_t[max((V_t - R_t)², (clip(V_t, V_old,t - ε, V_old,t + ε) - R_t)²)]. [N+]
 
     All (B, T) → scalar, the mean over the mask's tokens (or `count`, see masked_mean).
     """
@@ -225,5 +227,6 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center_coef: float = 0.
     Scores (B,) and (B,) → scalar. The likelihood is blind to a constant added to every score; the second term, from
     https://arxiv.org/abs/2312.09244, holds the scores around 0.
     """
-    assert chosen.shape == rejected.shape and chosen.dim() == 1, (chosen.shape, rejected.shape)
+    assert chosen.dim() == 1, chosen.shape
+    assert chosen.shape == rejected.shape, (chosen.shape, rejected.shape)
     return -F.logsigmoid(chosen - rejected).mean() + center_coef * (chosen + rejected).square().mean()

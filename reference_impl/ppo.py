@@ -29,7 +29,7 @@ __all__ = ["AdaptiveKL", "FixedKL", "Parts", "Settings", "make_optimizers", "ppo
 
 @dataclass(frozen=True)
 class Settings:
-    """What the algorithm is told. Defaults are those of [N+] table 7 where it has one, but for the sizes and rates."""
+    """What the algorithm is told. Clip ranges, gamma, lam, kl_coef and vf_coef are those of [N+]."""
 
     batch_size: int = 32  # responses an iteration
     num_minibatches: int = 4
@@ -80,7 +80,7 @@ class FixedKL:
 
 
 class AdaptiveKL(FixedKL):
-    """β ← β (1 + clip(KL/target - 1, -0.2, 0.2) · samples / horizon). [Ziegler, §2.2]"""
+    """β ← β (1 + clip(KL/target - 1, -0.2, 0.2) · samples / horizon). [Ziegler]"""
 
     def __init__(self, coef: float, target: float, horizon: int) -> None:
         super().__init__(coef)

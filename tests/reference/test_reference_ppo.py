@@ -42,7 +42,8 @@ def test_policy_and_value_move_and_the_others_do_not(models):
 
 def test_the_ratio_is_1_before_the_first_update(models):
     metrics = iterate(models)
-    assert metrics["first_ratio"] == pytest.approx(1.0, abs=1e-6) and metrics["ratio"] != 1.0
+    assert metrics["first_ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["ratio"] != 1.0
 
 
 def test_every_epoch_visits_every_response_once(models):
@@ -62,8 +63,10 @@ def test_every_epoch_visits_every_response_once(models):
     for epoch in range(3):
         old = torch.cat([arguments[1] for arguments, _ in policies[2 * epoch : 2 * epoch + 2]])
         first = torch.cat([arguments[1] for arguments, _ in policies[:2]])
-        assert sorted(old.sum(1).tolist()) == sorted(first.sum(1).tolist()) and len(set(old.sum(1).tolist())) == 8
-    assert policies[0][0][4] == 0.3 and values[0][0][4] == 0.4
+        assert sorted(old.sum(1).tolist()) == sorted(first.sum(1).tolist())
+        assert len(set(old.sum(1).tolist())) == 8
+    assert policies[0][0][4] == 0.3
+    assert values[0][0][4] == 0.4
     v, old_v, _, mask, _, _ = values[0][0]  # the critic before its first update
     torch.testing.assert_close(v[mask], old_v[mask], rtol=1e-5, atol=1e-5)
 
@@ -91,7 +94,8 @@ def test_whitened_rewards_keep_their_mean(models):
 
     iterate(models, replace(SMALL, whiten_rewards=True), ppo.Parts(rewards=rewards, gae=spy(ops.gae, seen)))
     (r, _, mask, _, _), _ = seen[0]
-    assert r[mask].std().item() == pytest.approx(1.0, abs=1e-4) and raw[0][mask].std() < 0.9
+    assert r[mask].std().item() == pytest.approx(1.0, abs=1e-4)
+    assert raw[0][mask].std() < 0.9
     assert r[mask].mean().item() == pytest.approx(raw[0][mask].mean().item(), abs=1e-5)
 
 
@@ -99,8 +103,10 @@ def test_without_a_learning_rate_nothing_moves(models):
     models = replace(models, reference=copy.deepcopy(models.policy))
     before = weights(models.policy), weights(models.value)
     metrics = iterate(models, replace(SMALL, learning_rate=0.0, critic_learning_rate=0.0))
-    assert torch.equal(before[0], weights(models.policy)) and torch.equal(before[1], weights(models.value))
-    assert metrics["kl"] == 0.0 and metrics["clip_fraction"] == 0.0
+    assert torch.equal(before[0], weights(models.policy))
+    assert torch.equal(before[1], weights(models.value))
+    assert metrics["kl"] == 0.0
+    assert metrics["clip_fraction"] == 0.0
     assert metrics["approx_kl"] == pytest.approx(0.0, abs=1e-9)
     assert metrics["reward"] == pytest.approx(metrics["score"], abs=1e-6)
 
@@ -127,7 +133,9 @@ def test_rewards_are_the_score_less_the_kl(models):
     seen = []
     metrics = iterate(models, parts=ppo.Parts(rewards=spy(ops.shaped_rewards, seen)))
     (((scores, kl, mask, kl_coef), _),) = seen
-    assert kl_coef == SMALL.kl_coef and kl.abs().max() > 0 and (kl[~mask] == 0).all()
+    assert kl_coef == SMALL.kl_coef
+    assert kl.abs().max() > 0
+    assert (kl[~mask] == 0).all()
     assert metrics["kl"] == pytest.approx(kl.sum(1).mean().item())
     assert metrics["reward"] == pytest.approx((scores - kl_coef * kl.sum(1)).mean().item(), abs=1e-6)
 
@@ -223,7 +231,8 @@ def test_the_adaptive_coefficient_by_hand():
 def test_the_adaptive_coefficient_is_used_and_adapted(models):
     control = ppo.AdaptiveKL(0.2, target=1e-6, horizon=80)
     metrics = iterate(models, parts=ppo.Parts(kl=ops.k3), control=control)  # k3 is never negative
-    assert metrics["kl_coef"] == 0.2 and control.coef == pytest.approx(0.2 * 1.02)
+    assert metrics["kl_coef"] == 0.2
+    assert control.coef == pytest.approx(0.2 * 1.02)
 
 
 def test_a_batch_that_does_not_divide_is_refused():

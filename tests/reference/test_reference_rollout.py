@@ -25,7 +25,9 @@ def test_response_mask_ends_with_the_first_end_of_sequence():
 def test_prompts_are_padded_on_the_left(models):
     short, long = "describe the fox :", "how would you describe the fox to me ?"
     ids, mask = rollout.encode_prompts(models.tokenizer, [short, long])
-    assert ids.shape == (2, 10) and mask[0].tolist() == [0] * 5 + [1] * 5 and mask[1].all()
+    assert ids.shape == (2, 10)
+    assert mask[0].tolist() == [0] * 5 + [1] * 5
+    assert mask[1].all()
     assert models.tokenizer.decode(ids[0, 5:]) == "<s> describe the fox :"
     assert roles.positions(mask)[0].tolist() == [0] * 5 + [0, 1, 2, 3, 4]
 
@@ -55,7 +57,8 @@ def test_tokens_are_drawn_from_the_tempered_distribution(models):
 def test_nothing_follows_the_end_of_sequence(models):
     torch.manual_seed(0)
     r = draw(models, task.prompts(), T=20)
-    assert r.ended.any() and not r.ended.all()
+    assert r.ended.any()
+    assert not r.ended.all()
     P = r.ids.shape[1] - r.mask.shape[1]
     assert torch.equal(r.attention_mask[:, P:].bool(), r.mask)
     assert (r.response[~r.mask] == PAD).all()

@@ -37,7 +37,8 @@ def test_importing_the_package_loads_no_torch():
 
 def test_the_package_stands_alone_and_stays_small():
     lines = {path.name: path.read_text().splitlines() for path in PACKAGE.glob("*.py")}
-    assert sum(map(len, lines.values())) < 1500 and len(lines["ppo.py"]) < 300
+    assert sum(map(len, lines.values())) < 1500
+    assert len(lines["ppo.py"]) < 300
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -56,9 +57,11 @@ def test_the_dict_has_the_fields_and_nothing_else(trained):
         "state",
         "declared",
     ]
-    assert len(trained["prompts"]) >= 16 and len(trained["preferences"]) >= 32
+    assert len(trained["prompts"]) >= 16
+    assert len(trained["preferences"]) >= 32
     declared = trained["declared"]
-    assert declared["batch_size"] % declared["num_minibatches"] == 0 and declared["prompt_length"] == 10
+    assert declared["batch_size"] % declared["num_minibatches"] == 0
+    assert declared["prompt_length"] == 10
     assert trained["policy"].config.max_position_embeddings >= declared["prompt_length"] + declared["response_length"]
 
 
@@ -67,7 +70,8 @@ def test_the_policy_has_learnt_the_demonstrations_and_to_end(trained):
     with torch.no_grad():
         loss = sft.sft_loss(trained["policy"], trained["tokenizer"], texts).item()
         untrained = sft.sft_loss(setup.build_models(0, trained=False).policy, trained["tokenizer"], texts).item()
-    assert loss < 1.25 and untrained > 3.5
+    assert loss < 1.25
+    assert untrained > 3.5
     assert drawn(trained).ended.double().mean() > 0.95
 
 
@@ -84,7 +88,8 @@ def test_the_reward_model_ranks_and_is_on_scale(trained):
     assert reward_modeling.accuracy(reward, tokenizer, pairs, eos=False) > 0.9
     r = drawn(trained)
     scores = rollout.score(reward, r)
-    assert abs(scores.mean()) < 0.3 and 0.7 < scores.std() < 1.4
+    assert abs(scores.mean()) < 0.3
+    assert 0.7 < scores.std() < 1.4
     lengths = r.mask.sum(1).float()
     assert abs(torch.corrcoef(torch.stack([scores, lengths]))[0, 1]) < 0.3
 
@@ -98,9 +103,11 @@ def test_normalizing_undoes_any_scale_and_shift():
         models.reward.score.weight.mul_(5)
     before = rollout.score(models.reward, r)
     mean, deviation = reward_modeling.normalize(models.reward, r)
-    assert abs(mean) > 0.5 and (mean, deviation) == pytest.approx((before.mean().item(), before.std().item()), rel=1e-4)
+    assert abs(mean) > 0.5
+    assert (mean, deviation) == pytest.approx((before.mean().item(), before.std().item()), rel=1e-4)
     after = rollout.score(models.reward, r)
-    assert after.mean().item() == pytest.approx(0.0, abs=1e-4) and after.std().item() == pytest.approx(1.0, abs=1e-4)
+    assert after.mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert after.std().item() == pytest.approx(1.0, abs=1e-4)
     assert torch.corrcoef(torch.stack([before, after]))[0, 1] > 0.9
 
 
@@ -139,7 +146,8 @@ def test_building_is_deterministic_and_leaves_the_generators_alone(trained):
     torch.manual_seed(5)
     before = torch.get_rng_state(), random.getstate()
     again = reference_impl.build_setup(0)
-    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
     for role in ("policy", "reward"):
         pairs = zip(trained[role].parameters(), again[role].parameters(), strict=True)
         assert all(torch.equal(p, q) for p, q in pairs)
@@ -164,11 +172,13 @@ def test_checkpoints_load_as_they_were_saved(tmp_path):
     for role, folder in folders.items():
         loaded = getattr(transformers, CLASSES[role]).from_pretrained(folder).state_dict()
         saved = built[role].state_dict()
-        assert loaded.keys() == saved.keys() and all(torch.equal(loaded[name], saved[name]) for name in saved)
+        assert loaded.keys() == saved.keys()
+        assert all(torch.equal(loaded[name], saved[name]) for name in saved)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         text = built["prompts"][0]
         assert tokenizer(text)["input_ids"] == built["tokenizer"](text)["input_ids"]
-        assert tokenizer.padding_side == "left" and (folder / "model.safetensors").exists()
+        assert tokenizer.padding_side == "left"
+        assert (folder / "model.safetensors").exists()
 
 
 def test_the_pipeline_writes_what_it_says(tmp_path, capsys):

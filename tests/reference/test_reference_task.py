@@ -29,7 +29,9 @@ def test_the_optimum_is_reached_and_never_passed():
     best = "the fox is warm , bright and calm . it is gentle , lovely and cheerful ."
     assert task.gold_score("what is the fox like ?", best) == task.OPTIMUM == 1.0
     scores = [task.gold_score(*text) for text in task.demonstrations(500, Random(0))]
-    assert min(scores) == -1 and max(scores) == 1 and abs(sum(scores) / 500) < 0.1
+    assert min(scores) == -1
+    assert max(scores) == 1
+    assert abs(sum(scores) / 500) < 0.1
 
 
 def test_demonstrations_are_well_formed_and_fit():
