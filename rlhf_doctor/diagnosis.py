@@ -29,11 +29,14 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "TOK003": ("ROL005", "ROL006", "MET008"),
         "SYS003": ("REF003", "OPT003", "REW008", "VAL007"),
         "SYS004": ("REF002", "POL007"),
+        "SYS007": ("REF002", "POL007", "REW009", "REW010", "VAL007", "VAL015"),
         "REF002": ("POL007",),
-        "POL004": ("VAL004", "REW005", "ROL003", "REF002"),
-        "POL005": ("REF004", "ROL003", "SYS009", "REF002"),
-        "POL001": ("POL003", "POL004", "POL006", "SYS004"),
-        "REF001": ("SYS004",),
+        "POL004": ("VAL004", "REW005", "ROL003", "REF002", "POL006"),
+        "POL005": ("REF004", "ROL003", "SYS009", "REF002", "POL004", "POL006"),
+        "POL001": ("POL003", "POL004", "POL006", "POL007", "REF001", "REF002", "SYS004"),
+        "POL002": ("POL007", "REF002", "SYS004"),
+        "POL003": ("POL004", "POL006", "POL007", "REF001", "REF002"),
+        "REF001": ("SYS004", "REF002"),
         "REW001": ("REW004", "REW005", "SYS004", "REW006"),
         "VAL001": ("VAL003", "VAL004", "SYS004", "VAL007"),
         "VAL002": ("VAL003", "VAL005", "VAL006", "VAL015", "VAL007"),
@@ -58,8 +61,8 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "REF004": ("REF002",),
     }
 )
-ACROSS_ROLES = frozenset({"POL004", "POL005", "SYS002", "SYS003", "SYS004", "SYS005", "SYS011", "TOK002", "TOK003",
-                          "PRE003", "PRE004", "CFG002", "CFG003", "CFG004", "SYS006", "SYS012", "REF002",
+ACROSS_ROLES = frozenset({"POL001", "POL002", "POL003", "POL004", "POL005", "SYS002", "SYS003", "SYS004", "SYS005", "SYS011", "TOK002", "TOK003",
+                          "PRE003", "PRE004", "CFG002", "CFG003", "CFG004", "SYS006", "SYS007", "SYS012", "REF002",
                           "REF004"})  # fmt: skip
 # Families from the files outward; an effect is never the first line while a cause stands.
 ORDER = ("CFG004", "SYS", "TOK", "CFG", "PRE", "KLD", "POL", "REF", "REW", "VAL", "OPT", "ROL", "ADV", "LOS", "MET")

@@ -217,8 +217,14 @@ def context_shorter_than_prompt_and_response(folder: Path) -> dict[str, Any]:
 @case("SYS010", "policy")
 def policy_needs_remote_code(folder: Path) -> dict[str, Any]:
     made = healthy(folder)
-    edit(made["policy"], "config.json", auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})
-    return made
+    edit(
+        made["policy"],
+        "config.json",
+        model_type="own",
+        architectures=["OwnForCausalLM"],
+        auto_map={"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    )
+    return made | {"reference": saved(zoo.decoder("qwen2"), folder / "ref")}
 
 
 @case("SYS011", "policy")
@@ -264,7 +270,7 @@ def shipped_generation_config_filters_tokens(folder: Path) -> dict[str, Any]:
     return made
 
 
-@case("PRE003", "policy")
+@case("PRE003", None)
 def bfloat16_checkpoint_run_in_float16(folder: Path) -> dict[str, Any]:
     made = healthy(folder)
     zoo.decoder("qwen2").bfloat16().save_pretrained(folder / "sft")
