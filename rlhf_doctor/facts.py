@@ -27,6 +27,8 @@ from rlhf_doctor.finding import MODEL_ROLES, Role, Stage
 __all__ = ["Broken", "Fact", "Unavailable", "fact", "facts", "raised_by_the_setup", "role_fact", "split_role"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+# Tools of the instruments: their classes need torch to be defined, and they hold no facts.
+NEED_TORCH = ("rlhf_doctor.instruments.tapping", "rlhf_doctor.instruments.watching")
 GIVEN = ("setup", "options", "models", "role")
 _FACTS: dict[str, Fact] = {}
 
@@ -98,7 +100,8 @@ def facts() -> Mapping[str, Fact]:
     """Every fact by name. Importing the instruments imports no torch; measuring does."""
     package = importlib.import_module("rlhf_doctor.instruments")
     for module in pkgutil.iter_modules(package.__path__, "rlhf_doctor.instruments."):
-        importlib.import_module(module.name)
+        if module.name not in NEED_TORCH:
+            importlib.import_module(module.name)
     return MappingProxyType(_FACTS)
 
 
