@@ -206,6 +206,8 @@ class Caller:
         named: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {ids_name: lambda ids, mask: ids}
         for parameter in plain:
             name = parameter.name.lower()
+            if name == "decoder_input_ids" and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+                named[parameter.name] = lambda ids, mask: ids
             if parameter.name == ids_name or name.startswith(("decoder_", "cross_", "head_", "encoder_")):
                 continue
             if name in ("key_padding_mask", "src_key_padding_mask", "padding_mask", "pad_mask"):

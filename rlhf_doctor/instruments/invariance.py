@@ -25,12 +25,13 @@ EPSILON = {"float64": 2e-16, "float32": 1.2e-7, "bfloat16": 7.8e-3, "float16": 9
 
 
 @role_fact(Stage.PROBE)
-def invariance(role: str, models: Models, inputs: Inputs, output: Output) -> Invariance:
+def invariance(role: str, setup: Any, models: Models, inputs: Inputs, output: Output) -> Invariance:
     """How far a role's output for one text moves when nothing about the text changes.
 
     Compared are log-probabilities of the tokens that follow (policy, reference), values of the states, or scores.
     "repeat" runs in the mode the model was handed over in, everything else in eval mode. Where some module was handed
-    over in train mode, "repeat in eval mode" says whether eval() ends the randomness.
+    over in train mode, "repeat in eval mode" says whether eval() ends the randomness. For a language model without a
+    mask "left padding" is measured only where prompts of different lengths are padded there.
 
     Raises:
         Broken: the model cannot be called.
@@ -55,8 +56,7 @@ def invariance(role: str, models: Models, inputs: Inputs, output: Output) -> Inv
             ("right padding", "right", [text, *others]),
             ("left padding", "left", [text, *others]),
         ):
-            pads_left = role in ("policy", "reference") and inputs.padding_side == "left"
-            if not live.caller.takes_mask and side == "left" and not pads_left:
+            if side == "left" and not live.caller.takes_mask and not _pads_left(role, setup, inputs):
                 undecided[name] = "the model takes no mask"
                 continue
             moved = _numbers(live, *padded(rows, inputs.pad_id, side), text)
@@ -83,6 +83,17 @@ def invariance(role: str, models: Models, inputs: Inputs, output: Output) -> Inv
     if any(child.training for child in live.module.modules()):
         shifts["repeat in eval mode"] = repeated(True, "twice, in eval mode")
     return Invariance(shifts, undecided, mode)
+
+
+def _pads_left(role: str, setup: Any, inputs: Inputs) -> bool:
+    """Whether a language model's prompts are padded on the left: the tokenizer does, and they differ in length."""
+    if role not in ("policy", "reference") or inputs.padding_side != "left" or not setup.prompts:
+        return False
+    if isinstance(setup.prompts, Mapping):
+        rows = setup.prompts.get("attention_mask")
+        return rows is not None and len({sum(int(m) for m in row) for row in rows}) > 1
+    texts = [text for text in list(setup.prompts)[:64] if isinstance(text, str)]
+    return callable(setup.tokenizer) and len({len(setup.tokenizer(text)["input_ids"]) for text in texts}) > 1
 
 
 def _spread(alone: torch.Tensor, output: Output) -> float:
@@ -122,6 +133,8 @@ def _with_cache(live: Live, text: tuple[int, ...]) -> torch.Tensor:
 
     parameters = live.caller.signature
     name = next((n for n in CACHES if n in parameters), None)
+    if getattr(getattr(live.model, "config", None), "is_encoder_decoder", False):
+        raise Unavailable("an encoder-decoder is decoded in another way")
     if name is None or live.caller.custom is not None:
         raise Unavailable("the model's forward takes no past_key_values")
     theirs = name == "past_key_values" and "use_cache" in parameters
@@ -161,15 +174,16 @@ def _one_more(
             given[name] = seen
         elif name in ("position_ids", "positions", "pos", "pos_ids", "input_pos"):
             given[name] = seen.sum(-1, keepdim=True) - 1
-        elif name in ("use_cache", "return_cache"):
+        elif name in ("use_cache", "return_cache", "return_past_key_values"):
             given[name] = True
     return given
 
 
 def _cache_of(raw: Any, name: str) -> Any:
-    """The cache in an output: under a cache's name, or what stands behind the logits in a tuple."""
+    """The cache in an output: under a cache's name, or what stands behind the logits in a tuple and is no value."""
     if isinstance(raw, Mapping):
         return next((raw[n] for n in (name, *CACHES) if raw.get(n) is not None), None)
     if isinstance(raw, (tuple, list)) and not hasattr(raw, "_fields"):
-        return next((part for part in reversed(raw[1:]) if part is not None), None)
+        last = next((part for part in reversed(raw[1:]) if part is not None), None)
+        return None if getattr(last, "ndim", 4) < 4 else last
     return next((c for n in (name, *CACHES) if (c := getattr(raw, n, None)) is not None), None)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rlhf_doctor.instruments.models import Live, Models
 
-__all__ = ["Samples", "samples"]
+__all__ = ["Samples", "samples", "stop_ids"]
 
 DEFAULT_LIMIT = 53  # TRL's response_length
 # A small model is sampled to the length the loop uses; a large one only as far as a laptop gets in some seconds.
@@ -81,7 +81,7 @@ def samples(
         limit = min(limit, manifest.max_positions - max(len(p) for p in prompts))
     if limit < 1:
         raise Unavailable("the prompts leave no room for a response")
-    stops = _stop_ids(manifest)
+    stops = stop_ids(manifest)
     size = min(output.shape[-1], manifest.tokenizer.size if manifest.tokenizer else output.shape[-1])
     import torch
 
@@ -200,7 +200,7 @@ def _spread(items: list[Any]) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)] if len(items) > count else items
 
 
-def _stop_ids(manifest: Manifest) -> tuple[int, ...]:
+def stop_ids(manifest: Manifest) -> tuple[int, ...]:
     """Every id that ends a response: the tokenizer's, the generation config's (one or a list), the model config's."""
     found: list[int] = []
     tokenizer_eos = manifest.tokenizer.eos_id if manifest.tokenizer else None
