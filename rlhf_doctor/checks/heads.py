@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rlhf_doctor.finding import Evidence
 from rlhf_doctor.instruments.manifest import heads_of
-from rlhf_doctor.instruments.readings import Head, Manifest
+from rlhf_doctor.instruments.readings import Head, Loading, Manifest
 
-__all__ = ["absent_head", "renamed_head", "scalar_heads"]
+__all__ = ["absent_head", "new_heads", "renamed_head", "scalar_heads"]
 
 # The head that a class reads, as transformers names it; what is not listed is not judged.
 SEQUENCE_SCORE = frozenset(
@@ -16,6 +16,10 @@ SEQUENCE_SCORE = frozenset(
 )  # fmt: skip
 TOKEN_CLASSIFIER = frozenset({"gpt2", "gpt_neo", "bloom", "mpt", "gpt_neox", "falcon", "bert", "distilbert", "roberta"})
 TOKEN_SCORE = SEQUENCE_SCORE - TOKEN_CLASSIFIER - {"gemma3_text", "gptj", "opt"}
+
+HEAD_PARTS = frozenset(
+    {"score", "v_head", "value_head", "classifier", "summary", "reward_head", "out_proj", "regression_head"}
+)
 
 
 def scalar_heads(manifest: Manifest) -> tuple[Head, ...]:
@@ -56,6 +60,16 @@ def absent_head(manifest: Manifest) -> tuple[str, Evidence] | None:
             where=manifest.path or "",
         ),
     )
+
+
+def new_heads(loading: Loading, manifest: Manifest) -> list[str]:
+    """Weights of an output head that a loader had to make up."""
+    heads = {head.name for head in manifest.heads}
+    return [
+        name
+        for name in loading.missing
+        if name.endswith("weight") and (name in heads or HEAD_PARTS & set(name.lower().split(".")))
+    ]
 
 
 def _expected(manifest: Manifest) -> str | None:

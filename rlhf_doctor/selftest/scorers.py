@@ -14,6 +14,7 @@ __all__ = [
     "Reader",
     "Rescored",
     "StateSpaceScorer",
+    "TiedCritic",
     "last_real",
     "reward_of_length",
     "with_new_head",
@@ -137,3 +138,20 @@ def with_new_head(model: Any, seed: int = 1) -> Any:
     with torch.no_grad():
         changed.score.weight.copy_(torch.randn(changed.score.weight.shape, generator=generator) * 0.02)
     return changed
+
+
+class TiedCritic(nn.Module):
+    """A language model with tied embeddings whose first logit is returned as the value: (ids, mask) -> (B, T)."""
+
+    def __init__(self, vocab: int, hidden: int = 24) -> None:
+        super().__init__()
+        from rlhf_doctor.selftest.specimens import HandWrittenDecoder
+
+        self.body = HandWrittenDecoder(vocab, width=vocab, hidden=hidden)
+        self.body.out = nn.Linear(hidden, vocab, bias=False)
+        self.body.out.weight = self.body.table.weight
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """(B, T) -> (B, T)."""
+        values: torch.Tensor = self.body(ids, mask)[..., 0]
+        return values

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.checks.heads import absent_head, renamed_head
+from rlhf_doctor.checks.heads import absent_head, new_heads, renamed_head
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.readings import Loading, Manifest
 from rlhf_doctor.instruments.stored_head import StoredHead
@@ -71,7 +71,7 @@ def reward_head_random(
             confidence=Confidence.PROVEN,
             evidence=(evidence,),
         )
-    elif reward_loading is not None and (lost := _head_among(reward_loading, reward_manifest)):
+    elif reward_loading is not None and (lost := new_heads(reward_loading, reward_manifest)):
         yield Finding(
             "The reward model's head was newly initialised when its checkpoint was loaded "
             f"({', '.join(lost)}): the scores "
@@ -105,17 +105,6 @@ def reward_head_random(
                 ),
             ),
         )
-
-
-def _head_among(loading: Loading, manifest: Manifest) -> list[str]:
-    """Missing weights that are an output head."""
-    heads = {head.name for head in manifest.heads}
-    parts = ("score", "v_head", "value_head", "classifier", "summary", "reward_head", "out_proj", "regression_head")
-    return [
-        name
-        for name in loading.missing
-        if name.endswith("weight") and (name in heads or any(part in name.lower().split(".") for part in parts))
-    ]
 
 
 @reward_head_random.fault("the checkpoint lacks its head")
