@@ -146,7 +146,7 @@ def _of_module(role: Role, module: Any, tokenizer: TokenizerInfo | None) -> Mani
     tensors = {
         name: TensorInfo(tuple(tensor.shape), DTYPES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype)))
         for name, tensor in module.state_dict().items()
-        if hasattr(tensor, "dtype") and hasattr(tensor, "shape")
+        if hasattr(tensor, "dtype") and not type(tensor).__name__.startswith("Uninitialized")
     }
     peft = getattr(module, "peft_config", None)
     adapter = next((_as_dict(c) for c in peft.values()), None) if isinstance(peft, dict) else None

@@ -99,6 +99,18 @@ def padded(
     return torch.tensor(ids), torch.tensor(mask)
 
 
+def _hollow(parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter has a shape and no data."""
+    return parameter.is_meta
+
+
+def _shapeless(model: Any) -> bool:
+    """Whether a module has parameters without a shape yet: a forward pass would fill them in for good."""
+    from torch.nn.parameter import is_lazy
+
+    return any(is_lazy(parameter) for parameter in model.parameters())
+
+
 class Live:
     """A model that can be called. ``loaded_here`` says that it was read from a path for this examination alone."""
 
@@ -150,8 +162,11 @@ class Live:
         """What the model returns.
 
         Raises:
+            Unavailable: its parameters are not in memory, or it pools by a pad token that is not defined.
             Broken: it raises, or returns nothing.
         """
+        if self.is_module and any(_hollow(p) for p in self.module.parameters()):
+            raise Unavailable(f"needs the {self.role}'s parameters in memory")
         try:
             raw = self.caller(ids.to(self.device), mask.to(self.device), **more)
         except (Unavailable, Broken, KeyboardInterrupt):
@@ -160,6 +175,10 @@ class Live:
             raise Broken(self.role, f"{self.role}: out of memory in the forward pass ({error})") from error
         except (Exception, SystemExit) as error:
             said = " ".join(str(error).split())[:300]
+            if self.is_module and any(p.numel() == 0 for p in self.module.parameters()):
+                raise Unavailable(f"needs the {self.role}'s parameters in memory, not sharded away") from error
+            if "no padding token is defined" in said:
+                raise Unavailable(f"needs a pad token in the {self.role}'s config") from error
             kind = type(error).__name__
             memory = "out of memory" in said.lower() or "can't allocate memory" in said.lower()
             what = "ran out of memory in the forward pass" if memory else "raised in the forward pass"
@@ -180,8 +199,12 @@ class Live:
         handle = None
         if self.score_head is not None:
             handle = self.score_head.register_forward_hook(lambda module, args, output: caught.append(output))
+        raw: Any = None
         try:
             raw = self.raw(ids, mask)
+        except (Unavailable, Broken):
+            if not caught:  # a loop that reads the head does not care how the pooling behind it ends
+                raise
         finally:
             if handle is not None:
                 handle.remove()
@@ -259,6 +282,8 @@ class Models:
             model = getattr(given, "_orig_mod", given)  # torch.compile's wrapper hides operations from instruments
         if not isinstance(model, torch.nn.Module) and not callable(model):
             raise Broken(role, f"{role}: {type(model).__name__} is neither a module, a path nor a function")
+        if isinstance(model, torch.nn.Module) and _shapeless(model):
+            raise Unavailable(f"needs the {role}'s parameters in memory: some were never initialised")
         live = Live(
             role,
             model,

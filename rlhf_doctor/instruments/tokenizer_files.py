@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("pad_token", "bos_token", "eos_token", "unk_token"), TEXT_OR_TOKEN),
 }
 JSON_KINDS: Mapping[str, tuple[type, ...]] = {"added_tokens": (list,), "model": (dict,)}
+# A BPE model's merges: most of the file, and nothing here asks for them. In a JSON string its quotes would be escaped.
+MERGES = re.compile(
+    rb'"merges"\s*:\s*\[(?:[\s,]++|"(?:[^"\\]++|\\.)*+"|\[(?:[\s,]++|"(?:[^"\\]++|\\.)*+")*+\])*+\]', re.DOTALL
+)
+_KNOWN: dict[bytes, TokenizerInfo] = {}  # by a hash of the files: the four models of a setup mostly share one
 # Classes whose padding side is not "right" unless their files say so.
 PADS_LEFT = ("Llama", "CodeLlama", "Gemma", "Cohere", "XLNet", "Bloom")
 
@@ -52,9 +59,37 @@ def tokenizer_of_folder(folder: Path, problems: list[str]) -> TokenizerInfo | No
     """The tokenizer in a folder, None where it has none. Sentences about bad files are added to ``problems``."""
     if not any(os.path.lexists(folder / name) for name in FILES):
         return None
+    key = _digest(folder)
+    if key not in _KNOWN:
+        before = len(problems)
+        info = _read(folder, problems)
+        if key is None or len(problems) > before:
+            return info
+        _KNOWN[key] = info
+    return replace(_KNOWN[key], where=str(folder))
+
+
+def _digest(folder: Path) -> bytes | None:
+    """A hash of the tokenizer's files, None where one of them cannot be read."""
+    seen = hashlib.blake2b(digest_size=16)
+    for name in (*FILES, "special_tokens_map.json", "chat_template.jinja", "chat_template.json"):
+        path = folder / name
+        if not os.path.lexists(path):
+            continue
+        try:
+            if not path.is_file() or path.stat().st_size > TOKENIZER_LIMIT:
+                return None
+            with path.open("rb") as file:
+                seen.update(f"{name} {hashlib.file_digest(file, 'blake2b').hexdigest()}".encode())
+        except OSError:
+            return None
+    return seen.digest()
+
+
+def _read(folder: Path, problems: list[str]) -> TokenizerInfo:
     config = read_object(folder / "tokenizer_config.json", KINDS, problems)
     special = read_object(folder / "special_tokens_map.json", KINDS, problems)
-    whole = read_object(folder / "tokenizer.json", JSON_KINDS, problems, TOKENIZER_LIMIT)
+    whole = _whole(folder, problems)
     try:
         vocabulary = _vocabulary(folder, whole)
     except BadFile as bad:
@@ -109,12 +144,18 @@ def fingerprint(vocabulary: Mapping[str, int]) -> str:
 
 def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id of the tokenizer in a folder, added tokens included; empty where it has none that can be read."""
-    whole = read_object(folder / "tokenizer.json", {"added_tokens": (list,), "model": (dict,)}, [], TOKENIZER_LIMIT)
+    whole = _whole(folder, [])
     config = read_object(folder / "tokenizer_config.json", KINDS, [])
     try:
         return _vocabulary(folder, whole) | _added(whole, config)[0]
     except BadFile:
         return {}
+
+
+def _whole(folder: Path, problems: list[str]) -> dict[str, Any]:
+    return read_object(
+        folder / "tokenizer.json", JSON_KINDS, problems, TOKENIZER_LIMIT, lambda raw: MERGES.sub(b'"merges":[]', raw, 1)
+    )
 
 
 def _vocabulary(folder: Path, whole: Mapping[str, Any]) -> dict[str, int]:

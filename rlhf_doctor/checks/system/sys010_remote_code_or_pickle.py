@@ -1,0 +1,117 @@
+"""SYS010: a checkpoint loads without running code that it brings along."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import blamed, listed
+from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
+from rlhf_doctor.instruments.readings import Manifest
+
+
+@check("SYS010", "a checkpoint loads without running code of its own", stage=Stage.STATIC, severity=Severity.WARNING)
+def remote_code_or_pickle(
+    setup: Any, manifest: Mapping[Role, Manifest], pickled: Mapping[Role, Mapping[str, tuple[str, ...]]] | None = None
+) -> Iterator[Finding]:
+    """
+    What it examines:
+        Whether config.json or the tokenizer's config names Python files of the checkpoint (auto_map) for a model
+        type that the installed transformers does not have; and what a pickle of weights would import on loading,
+        read from its opcodes without loading it. A pickle of plain tensors is only mentioned.
+
+    Why it matters:
+        Loading such a checkpoint runs whatever its author, or whoever changed it since, wrote into it, with the
+        rights of the training job. The model's class is then also not the one that anybody tested.
+
+    What it looks like when broken:
+        trust_remote_code=True is needed, or torch.load refuses with weights_only=True.
+
+    How to fix:
+        1. Prefer a revision with the architecture in transformers, and weights in safetensors.
+        2. Convert a pickle once, in a place where nothing can be stolen, and save it as safetensors.
+        3. If the code is needed, read it and pin its revision.
+
+    Source:
+        https://huggingface.co/docs/transformers/custom_models (custom code and its risk);
+        https://docs.pytorch.org/docs/stable/generated/torch.load.html (weights_only); https://github.com/huggingface/safetensors.
+    """
+    foreign = {role: m for role, m in manifest.items() if m.needs_remote_code and not _native(m.model_type)}
+    if foreign:
+        ran = "It is run, as you asked." if setup.trust_remote_code else "It is not run unless you ask for it."
+        yield Finding(
+            f"The checkpoint of {listed(tuple(foreign))} can only be built by Python code that it brings along. {ran} "
+            "Read and pin it, or take a checkpoint whose architecture transformers has.",
+            role=blamed(tuple(foreign), "setup"),
+            confidence=Confidence.PROVEN,
+            evidence=tuple(
+                Evidence("auto_map", "none", ", ".join(_named(m)) or "in the tokenizer's config", where=str(m.path))
+                for m in foreign.values()
+            ),
+        )
+    for role, files in (pickled or {}).items():
+        for name, imports in files.items():
+            yield _pickle(role, manifest[role], name, imports)
+
+
+def _pickle(role: Role, m: Manifest, name: str, imports: tuple[str, ...]) -> Finding:
+    shown = ", ".join(imports[:4])
+    unsafe = (
+        f"The {role}'s weights in {name} are a pickle that imports {shown}: loading it can run anything. Convert it to "
+        "safetensors in a safe place."
+    )
+    plain = f"The {role}'s weights in {name} are a pickle of plain tensors, which loads safely with weights_only=True."
+    return Finding(
+        unsafe if imports else plain,
+        role=role,
+        severity=None if imports else Severity.INFO,
+        confidence=Confidence.PROVEN,
+        evidence=(Evidence("imports beyond tensors", "none", shown or "none", where=f"{m.path}/{name}"),),
+    )
+
+
+def _named(m: Manifest) -> tuple[str, ...]:
+    given = m.raw_config.get("auto_map")
+    return tuple(str(v) for v in given.values()) if isinstance(given, Mapping) else ()
+
+
+def _native(model_type: str | None) -> bool:
+    """Whether the installed transformers has a folder for this model type; it is not imported for that."""
+    spec = importlib.util.find_spec("transformers")
+    if (
+        spec is None
+        or spec.origin is None
+        or not model_type
+        or not model_type.replace("_", "").replace("-", "").isalnum()
+    ):
+        return False
+    return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
+
+
+@remote_code_or_pickle.fault("models whose class is in their own folder")
+def _(healthy_files: Any) -> Any:
+    import json
+
+    extra = {"model_type": "homegrown", "auto_map": {"AutoModelForCausalLM": "modeling_homegrown.Homegrown"}}
+    for role in healthy_files.present:
+        path = healthy_files.path(role) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    return healthy_files
+
+
+@remote_code_or_pickle.fault("reward weights in a pickle that runs code")
+def _(healthy_files: Any) -> Any:
+    import torch
+    from safetensors.torch import load_file
+
+    class Shell:
+        def __reduce__(self) -> Any:
+            return print, ("run on loading",)
+
+    path = healthy_files.path("reward") / "model.safetensors"
+    torch.save({**load_file(path), "extra": Shell()}, path.with_name("pytorch_model.bin"))
+    path.unlink()
+    return healthy_files
