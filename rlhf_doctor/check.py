@@ -6,6 +6,7 @@ with a default is wanted but not needed. Its docstring is its page; its function
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -138,7 +139,12 @@ def check(
 
 def registry() -> Mapping[str, Check]:
     """Every shipped check by code, in code order within its family's stage order. Imports no torch."""
+    _import_checks()
+    return MappingProxyType(dict(sorted(_REGISTRY.items())))
+
+
+@functools.cache
+def _import_checks() -> None:
     package = importlib.import_module("rlhf_doctor.checks")
     for module in pkgutil.walk_packages(package.__path__, "rlhf_doctor.checks."):
         importlib.import_module(module.name)
-    return MappingProxyType(dict(sorted(_REGISTRY.items())))

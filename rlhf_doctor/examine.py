@@ -260,7 +260,7 @@ def _run(
 def _note_unreadable_files(role: Role, measured: Facts) -> None:
     """Files of a role that could not be read, though the rest of its folder could."""
     for said in getattr(measured.values.get(f"{role}_manifest"), "problems", ()):
-        if (role, said) not in measured.errors:
+        if all(said != before for _, before in measured.errors):
             measured.errors.append((role, said))
 
 
@@ -303,6 +303,10 @@ def _outcome(one: Check, measured: Facts, before: Mapping[str, Outcome]) -> Outc
         findings = tuple(one.run(**arguments))
     except Unavailable as reason:
         return Skipped(one.code, str(reason), taken())
+    except Broken as broken:
+        if all(said != broken.sentence for _, said in measured.errors):
+            measured.errors.append((broken.role, broken.sentence))
+        return Skipped(one.code, broken.sentence, taken())
     except Exception:
         return Errored(one.code, traceback.format_exc(), taken())
     return Found(one.code, findings, taken()) if findings else Passed(one.code, taken())

@@ -11,6 +11,7 @@ The names that the examiner gives itself: ``setup`` (the RLHFSetup), ``options``
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -98,11 +99,16 @@ def split_role(name: str) -> tuple[Role | None, str]:
 
 def facts() -> Mapping[str, Fact]:
     """Every fact by name. Importing the instruments imports no torch; measuring does."""
+    _import_instruments()
+    return MappingProxyType(_FACTS)
+
+
+@functools.cache
+def _import_instruments() -> None:
     package = importlib.import_module("rlhf_doctor.instruments")
     for module in pkgutil.iter_modules(package.__path__, "rlhf_doctor.instruments."):
         if module.name not in NEED_TORCH:
             importlib.import_module(module.name)
-    return MappingProxyType(_FACTS)
 
 
 def raised_by_the_setup(error: BaseException) -> str | None:

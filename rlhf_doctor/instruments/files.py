@@ -6,7 +6,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,13 @@ def read_bytes(path: Path, limit: int | None) -> bytes:
         raise BadFile(f"{path} cannot be read: {said_by(error)}") from None
 
 
-def read_json(path: Path, limit: int = CONFIG_LIMIT) -> Any:
-    """The content of a JSON file in UTF-8, with or without a byte order mark.
+def read_json(path: Path, limit: int = CONFIG_LIMIT, prepare: Callable[[bytes], bytes] = bytes) -> Any:
+    """The content of a JSON file in UTF-8, with or without a byte order mark, ``prepare`` applied to its bytes.
 
     Raises:
         BadFile: it is no such file.
     """
-    return parse_json(read_bytes(path, limit), str(path))
+    return parse_json(prepare(read_bytes(path, limit)), str(path))
 
 
 def parse_json(raw: bytes, name: str) -> Any:
@@ -84,7 +84,11 @@ def parse_json(raw: bytes, name: str) -> Any:
 
 
 def read_object(
-    path: Path, kinds: Mapping[str, tuple[type, ...]], problems: list[str], limit: int = CONFIG_LIMIT
+    path: Path,
+    kinds: Mapping[str, tuple[type, ...]],
+    problems: list[str],
+    limit: int = CONFIG_LIMIT,
+    prepare: Callable[[bytes], bytes] = bytes,
 ) -> dict[str, Any]:
     """A JSON file that holds an object. What is wrong with it goes to ``problems``; {} where nothing can be read.
 
@@ -93,11 +97,12 @@ def read_object(
         kinds: key -> the types its value may have; null always may. A key with another type is named and left out.
         problems: where sentences are added, at most one.
         limit: more bytes than this are not read.
+        prepare: applied to the bytes before they are read as JSON.
     """
     if not os.path.lexists(path):
         return {}
     try:
-        value = read_json(path, limit)
+        value = read_json(path, limit, prepare)
         if not isinstance(value, dict):
             raise BadFile(f"{path} should hold an object of settings and holds {kind_of(value)}")
     except BadFile as bad:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_doctor.facts import Unavailable, role_fact
+from rlhf_doctor.facts import Broken, Unavailable, role_fact
 from rlhf_doctor.finding import Role, Stage
 from rlhf_doctor.instruments.readings import Head, Manifest, TensorInfo, TokenizerInfo
 from rlhf_doctor.instruments.tokenizer_files import added_around, fingerprint
@@ -50,13 +50,26 @@ def manifest(role: Role, setup: Any) -> Manifest:
         from rlhf_doctor.instruments.headers import read_checkpoint
 
         made = read_checkpoint(role, path)
-        return made if made.tokenizer else replace(made, tokenizer=tokenizer_of(setup, role))
-    tokenizer = tokenizer_of(setup, role)
+        if made.tokenizer:
+            return made
+        tokenizer, problems = _tokenizer_or_problem(setup, role)
+        return replace(made, tokenizer=tokenizer, problems=(*made.problems, *problems))
+    tokenizer, problems = _tokenizer_or_problem(setup, role)
     if isinstance(given, str):
-        return _empty(role, "adapter-off", "the policy with its adapter off", tokenizer)
-    if not hasattr(given, "state_dict"):
-        return _empty(role, "callable", getattr(given, "__name__", type(given).__name__), tokenizer)
-    return _of_module(role, given, tokenizer)
+        made = _empty(role, "adapter-off", "the policy with its adapter off", tokenizer)
+    elif not hasattr(given, "state_dict"):
+        made = _empty(role, "callable", getattr(given, "__name__", type(given).__name__), tokenizer)
+    else:
+        made = _of_module(role, given, tokenizer)
+    return replace(made, problems=problems) if problems else made
+
+
+def _tokenizer_or_problem(setup: Any, role: Role) -> tuple[TokenizerInfo | None, tuple[str, ...]]:
+    """A tokenizer that cannot be read is no reason to know nothing of the model."""
+    try:
+        return tokenizer_of(setup, role), ()
+    except Broken as broken:
+        return None, (broken.sentence,)
 
 
 def describe(
@@ -193,7 +206,11 @@ def _as_dict(config: Any) -> dict[str, Any]:
 
 
 def tokenizer_of(setup: Any, role: Role) -> TokenizerInfo | None:
-    """The tokenizer that a role is fed by: its own where the setup has one for it, else the policy's."""
+    """The tokenizer that a role is fed by: its own where the setup has one for it, else the policy's.
+
+    Raises:
+        Broken: it is given as a folder that cannot be read.
+    """
     given = setup.tokenizer
     if role == "reward" and setup.reward_tokenizer is not None:
         given = setup.reward_tokenizer
