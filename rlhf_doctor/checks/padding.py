@@ -13,8 +13,11 @@ __all__ = ["grave_shifts", "moved_shifts", "shift_evidence", "side_of", "side_se
 PADDINGS = ("right padding", "left padding")
 
 
-def side_of(setup: Any, manifest: Manifest) -> str | None:
-    """The side that the role's rows are padded on: as the given prompts are, else as the tokenizer says."""
+def side_of(setup: Any, manifest: Manifest) -> str:
+    """The side that the role's rows are padded on: as the given prompts are, else as the tokenizer says.
+
+    Where neither says so it is the right: responses end at different tokens, and what follows them is padding.
+    """
     prompts = setup.prompts
     if isinstance(prompts, Mapping) and prompts.get("attention_mask") is not None:
         rows = [[int(v) for v in row] for row in prompts["attention_mask"]]
@@ -22,15 +25,13 @@ def side_of(setup: Any, manifest: Manifest) -> str | None:
             return "left"
         if any(row and not row[-1] for row in rows):
             return "right"
-    return manifest.tokenizer.padding_side if manifest.tokenizer else None
+    return (manifest.tokenizer.padding_side if manifest.tokenizer else None) or "right"
 
 
-def side_severity(name: str, side: str | None, wrong: tuple[str, ...]) -> Severity | None:
+def side_severity(name: str, side: str) -> Severity | None:
     """INFO for a fault that shows under one padding only, and not the one that the setup uses; else the check's own."""
     if name not in PADDINGS:
         return None
-    if side is None:
-        return None if set(PADDINGS) <= set(wrong) else Severity.INFO
     return None if name.startswith(side) else Severity.INFO
 
 
@@ -43,7 +44,7 @@ def moved_shifts(found: Invariance) -> dict[str, Shift]:
     }
 
 
-def grave_shifts(moved: Mapping[str, Shift], side: str | None) -> dict[str, Shift]:
+def grave_shifts(moved: Mapping[str, Shift], side: str) -> dict[str, Shift]:
     """Those that show in this setup's own rows.
 
     A batch that leaks moves the output under the setup's padding too, so neighbours under the other padding alone do
@@ -53,8 +54,7 @@ def grave_shifts(moved: Mapping[str, Shift], side: str | None) -> dict[str, Shif
     def padding(name: str, shift: Shift) -> str:
         return name if name in PADDINGS else next((p for p in PADDINGS if p in shift.detail), name)
 
-    wrong = tuple(padding(n, s) for n, s in moved.items())
-    return {n: s for n, s in moved.items() if side_severity(padding(n, s), side, wrong) is None}
+    return {n: s for n, s in moved.items() if side_severity(padding(n, s), side) is None}
 
 
 def shift_evidence(what: str, name: str, shift: Shift) -> Evidence:

@@ -131,8 +131,8 @@ def trunk_outputs(batch: int, length: int) -> Iterator[list[tuple[str, torch.Ten
             return
         axis = positions_axis(first, batch, length)
         if axis is not None:
-            order = {0: (1, 0, 2), 1: (0, 1, 2), 2: (0, 2, 1)}[axis]
-            caught.append((type(module).__name__, first.permute(order)))
+            turned = {0: (1, 0, 2), 2: (0, 2, 1)}.get(axis)
+            caught.append((type(module).__name__, first.permute(turned) if turned else first))
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook)
     try:

@@ -289,7 +289,9 @@ def critic_without_causal_mask() -> dict[str, Any]:
 
 @case("VAL004", "value")
 def critic_counts_pads_as_positions() -> dict[str, Any]:
-    return healthy(value=Critic(absolute=True, masked=False))
+    made = healthy(value=Critic(absolute=True, masked=False))
+    made["prompts"]["attention_mask"][:2, :3] = 0  # the prompts are padded on the left
+    return made
 
 
 @case("VAL005", "value")

@@ -16,7 +16,7 @@ from rlhf_doctor.instruments.readings import Inputs, Manifest, Reading
     "the score is read at the last real token",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("REW001", "REW002"),
+    after=("REW001",),
 )
 def reward_reads_wrong_token(
     reward_reading: Reading, reward_manifest: Manifest, inputs: Inputs, setup: Any
@@ -58,7 +58,7 @@ def reward_reads_wrong_token(
         if read != last and not (same_id and name == "eos at the end" and read == last - 1)
     }
     side = side_of(setup, reward_manifest)
-    grave = {n: case for n, case in wrong.items() if side_severity(n, side, tuple(wrong)) is None}
+    grave = {n: case for n, case in wrong.items() if side_severity(n, side) is None}
     cases = grave or wrong
     if not cases:
         return
@@ -68,7 +68,7 @@ def reward_reads_wrong_token(
         + (
             ". Read it at the last position whose attention mask is 1."
             if grave
-            else f": right for the rows of this setup, which are padded on the {side or 'other side'}, and "
+            else f": right for the rows of this setup, which are padded on the {side}, and "
             "wrong for others."
         ),
         role="reward",
