@@ -54,7 +54,7 @@ def loaded_not_as_declared(
     if setup.declared.get("shared_trunk") is True and apart:
         yield _finding(
             "value",
-            "shared_trunk is declared, and policy and critic share no memory: they are two models, and the critic costs "
+            "shared_trunk is declared, and policy and critic share no memory: they are two models, which costs "
             "as much again. Declare it false, or build the critic on the policy's trunk.",
             Evidence("tensors that policy and critic share", "the trunk's", "0", where="shared_trunk"),
         )

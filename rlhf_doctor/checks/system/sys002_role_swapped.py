@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
+from rlhf_doctor.instruments.pickled import Pickled
 from rlhf_doctor.instruments.readings import Manifest, Output, Parameters
 
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -20,6 +21,7 @@ def role_swapped(
     manifest: Mapping[Role, Manifest],
     output: Mapping[Role, Output] | None = None,
     parameters: Mapping[Role, Parameters] | None = None,
+    pickled: Mapping[Role, Mapping[str, Pickled]] | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -52,6 +54,8 @@ def role_swapped(
         if m.origin in ("callable", "adapter-off") or (m.origin == "checkpoint" and m.adapter is not None):
             continue
         told = seen.get(role)
+        if any(held.scalar_head for held in (pickled or {}).get(role, {}).values()):
+            continue  # a pickle with a scalar head: DeepSpeed-Chat's layout, whose config names the language model
         if role in ("reward", "value") and _is_language_model(role, m, told, setup):
             yield _finding(
                 role,

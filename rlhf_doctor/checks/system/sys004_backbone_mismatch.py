@@ -84,7 +84,7 @@ def _differences(first: Manifest, second: Manifest) -> Iterator[tuple[str, str, 
         ("layers", first.num_layers, second.num_layers),
         *((name, first.config.get(name), second.config.get(name)) for name in SIZES),
     ]
-    if first.model_type and second.model_type:
+    if first.model_type and second.model_type and not (first.needs_remote_code or second.needs_remote_code):
         yield from ((what, str(a), str(b)) for what, a, b in pairs if a is not None and b is not None and a != b)
 
 

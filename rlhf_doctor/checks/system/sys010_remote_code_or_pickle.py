@@ -10,12 +10,13 @@ from typing import Any
 from rlhf_doctor.check import check
 from rlhf_doctor.checks.roles_said import blamed, listed
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
+from rlhf_doctor.instruments.pickled import Pickled
 from rlhf_doctor.instruments.readings import Manifest
 
 
 @check("SYS010", "a checkpoint loads without running code of its own", stage=Stage.STATIC, severity=Severity.WARNING)
 def remote_code_or_pickle(
-    setup: Any, manifest: Mapping[Role, Manifest], pickled: Mapping[Role, Mapping[str, tuple[str, ...]]] | None = None
+    setup: Any, manifest: Mapping[Role, Manifest], pickled: Mapping[Role, Mapping[str, Pickled]] | None = None
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -53,8 +54,8 @@ def remote_code_or_pickle(
             ),
         )
     for role, files in (pickled or {}).items():
-        for name, imports in files.items():
-            yield _pickle(role, manifest[role], name, imports)
+        for name, held in files.items():
+            yield _pickle(role, manifest[role], name, held.imports)
 
 
 def _pickle(role: Role, m: Manifest, name: str, imports: tuple[str, ...]) -> Finding:
