@@ -181,8 +181,10 @@ def _plain(value: Any) -> Any:
         return sorted((_plain(v) for v in value), key=str)
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if isinstance(value, bool) or value is None or isinstance(value, int):
+    if isinstance(value, bool) or value is None:
         return value
+    if isinstance(value, int):
+        return int(value) if value.bit_length() < 1024 else hex(value)  # Python refuses to write longer ones out
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return str(value)

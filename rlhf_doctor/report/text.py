@@ -12,7 +12,7 @@ __all__ = ["Block", "Span", "blocks", "clean", "counted", "first_sentence", "one
 
 # Characters that would act instead of being read: controls, escapes, text direction, lone surrogates.
 UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-URL = re.compile(r"https?://[^\s<>\"'`\\^{}|]+")
+URL = re.compile(r"https?://[A-Za-z0-9\[][^\s<>\"'`\\^{}|]*")
 ITEM = re.compile(r"^(\s*)(?:(\d+)[.)]|[-*•])\s+(.*)$")
 SENTENCE = re.compile(r"(?<=[.!?])[)”\"']?\s+(?=[A-Z“\"(])")
 ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|cf|vs|al|etc|approx|no)\.)$", re.IGNORECASE)

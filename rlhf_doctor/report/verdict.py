@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -126,5 +125,6 @@ def gpu_hours(setup: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _whole(value: Any, otherwise: int) -> int:
-    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 1
-    return min(int(value), 10**9) if usable else otherwise
+    """A declared count where it is a sensible one: NaN fails every comparison."""
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= 10**9
+    return int(value) if usable else otherwise
