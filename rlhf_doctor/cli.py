@@ -161,12 +161,8 @@ def _examined(job: Any, timeout: float, *, quiet: bool) -> dict[str, Any]:
 
 def _deliver(one: Any, record: Mapping[str, Any], *, quiet: bool) -> None:
     if one.path is None:
-        if one.format == "terminal" and sys.stdout.isatty() and not quiet:
-            from rlhf_doctor.report import terminal
-
-            terminal.show(record)
-        elif one.format != "terminal" or not quiet:
-            click.echo(one.render(record))
+        if one.format != "terminal" or not quiet:
+            click.echo(one.render(record).rstrip("\n"))
         return
     try:
         one.write(record)

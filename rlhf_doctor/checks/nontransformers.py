@@ -37,6 +37,9 @@ def not_transformer(
     """
     if found.kind not in NAMES or (policy is not None and policy.kind == found.kind):
         return None
+    row = influence.score or ()
+    if found.kind in ("bag of tokens", "per-token") and row and max(row[: len(row) // 3]) <= influence.floor < max(row):
+        return None  # the text's start is cut off before it gets to the model, so what mixes the rest was not seen
     beside = (
         f"the policy was measured to be a {policy.kind}" if policy is not None else "the policy is a language model"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from rlhf_doctor.instruments.readings import Inputs, Output
 if TYPE_CHECKING:
     import torch
 
+    from rlhf_doctor.instruments.calling import Called
     from rlhf_doctor.instruments.models import Live, Models
 
 __all__ = ["Agreement", "Gap", "Predictions", "agreement", "begun", "predictions"]
@@ -84,16 +85,18 @@ def predictions(role: Role, models: Models, inputs: Inputs, output: Output) -> P
         raise Unavailable(f"needs finite logits from the {role}")
     live = models.get(role)
     with live.kept():
-        plain = _predict(live, inputs, output.dtype)
+        plain = _predict(live, live.read_once, inputs, output.dtype)
         if role == "policy":
             with _adapter_off(live) as switched:
-                without = _predict(live, inputs, output.dtype) if switched else None
+                without = _predict(live, live.read, inputs, output.dtype) if switched else None
             return Predictions(plain.realised, plain.table, plain.spread, plain.dtype, without)
     return plain
 
 
 @fact(Stage.PROBE)
-def agreement(setup: Any, policy_predictions: Predictions, reference_predictions: Predictions | None = None) -> Agreement:
+def agreement(
+    setup: Any, policy_predictions: Predictions, reference_predictions: Predictions | None = None
+) -> Agreement:
     """KL of the policy to the reference, and to itself with its adapter off.
 
     Raises:
@@ -130,7 +133,9 @@ def begun(setup: Any) -> str:
     return ""
 
 
-def _predict(live: Live, inputs: Inputs, output_dtype: str) -> Predictions:
+def _predict(
+    live: Live, read: Callable[[torch.Tensor, torch.Tensor], Called], inputs: Inputs, output_dtype: str
+) -> Predictions:
     import torch
 
     from rlhf_doctor.instruments.models import padded
@@ -140,7 +145,7 @@ def _predict(live: Live, inputs: Inputs, output_dtype: str) -> Predictions:
     kept: list[torch.Tensor] = []
     spreads: list[float] = []
     with torch.no_grad():
-        tensor = live.read(ids, mask).tensor.detach().cpu()
+        tensor = read(ids, mask).tensor.detach().cpu()
         tensor = tensor.reshape(*ids.shape, tensor.shape[-1])
         for row, sequence in zip(tensor, inputs.sequences, strict=True):
             logits = row[: len(sequence) - 1].float()

@@ -10,9 +10,37 @@ __all__ = ["ENCODERS", "shape_fault"]
 # Families whose attention is bidirectional by design. A decoder that lost its causal mask measures the same, so the
 # name decides between the two.
 ENCODERS = frozenset(
-    """bert roberta distilbert albert electra deberta deberta-v2 xlm-roberta xlm-roberta-xl camembert mpnet modernbert
-    nomic_bert ernie convbert mobilebert squeezebert layoutlm longformer big_bird funnel nystromformer roformer rembert
-    eurobert neobert flaubert roc_bert megatron-bert""".split()
+    [
+        "bert",
+        "roberta",
+        "distilbert",
+        "albert",
+        "electra",
+        "deberta",
+        "deberta-v2",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "camembert",
+        "mpnet",
+        "modernbert",
+        "nomic_bert",
+        "ernie",
+        "convbert",
+        "mobilebert",
+        "squeezebert",
+        "layoutlm",
+        "longformer",
+        "big_bird",
+        "funnel",
+        "nystromformer",
+        "roformer",
+        "rembert",
+        "eurobert",
+        "neobert",
+        "flaubert",
+        "roc_bert",
+        "megatron-bert",
+    ]
 )
 
 
@@ -57,12 +85,17 @@ def shape_fault(
     ]
     if census is not None and census.depth_per_token:
         evidence.append(
-            Evidence("operations that each further token adds to the longest path", "0", f"{census.depth_per_token:.1f}")
+            Evidence(
+                "operations that each further token adds to the longest path", "0", f"{census.depth_per_token:.1f}"
+            )
         )
     if influence is not None and influence.tokens:
         evidence.append(
             Evidence(
-                "share of earlier tokens that an output depends on", "100%", f"{influence.coverage:.0%}", where="influence map"
+                "share of earlier tokens that an output depends on",
+                "100%",
+                f"{influence.coverage:.0%}",
+                where="influence map",
             )
         )
     return Finding(

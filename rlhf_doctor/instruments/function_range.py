@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["FunctionRange", "function_range"]
 
 PLAIN = ("", "yes", "no", "42", "The answer is 7.", "one two three four five six seven eight nine ten", "a\nb\nc")
-METACHARACTERS = re.compile(r"\\[sdwbSDWBAZ][*+?]?|\(\?[a-zA-Z:=!<]|\.[*+]\??|[\^$()|\\]")
+# What a pattern's parts are replaced by, so that the text left over is one that it matches, for most that are in use.
+EXAMPLES = (
+    (re.compile(r"\\d(\{[\d,]*\}|[*+?]*)"), "7"),
+    (re.compile(r"\\w(\{[\d,]*\}|[*+?]*)"), "a"),
+    (re.compile(r"\\s[*+?]*"), " "),
+    (re.compile(r"\[[^\]]*\](\{[\d,]*\}|[*+?]*)"), "1"),
+    (re.compile(r"\(\?[a-zA-Z:=!<]*>?|\.[*+]\??|\\[bBAZ]|[\^$()*+?]|\|.*"), ""),
+    (re.compile(r"\\(.)"), r"\1"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +105,14 @@ def _mentioned(function: Any) -> list[str]:
             *getattr(function, "__dict__", {}).values(),
         ]:
             found += _strings(value)
-    texts = [text for f in found for text in (f, METACHARACTERS.sub("", f))]
+    texts = [text for f in found for text in (f, _example(f))]
     return list(dict.fromkeys(text for text in texts if 0 < len(text) <= 200))[:64]
+
+
+def _example(pattern: str) -> str:
+    for part, instead in EXAMPLES:
+        pattern = part.sub(instead, pattern)
+    return pattern
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:

@@ -36,7 +36,8 @@ def influence(role: str, models: Models, inputs: Inputs) -> Influence:
     live = models.get(role)  # type: ignore[arg-type]  # a role fact is only measured for model roles
     _ = live.module
     longest = max(inputs.sequences, key=len)
-    ids = torch.tensor([list(longest[:MAP_LENGTH])] * MAP_LENGTH, device=live.device)
+    rows = MAP_LENGTH + (role == "reward")  # the last one for the score, where it is one per sequence
+    ids = torch.tensor([list(longest[:MAP_LENGTH])] * rows, device=live.device)
     with live.kept(), torch.enable_grad():
         mapped = _by_gradient(live, ids)
         if mapped is None:
@@ -49,19 +50,21 @@ def _by_gradient(live: Live, ids: torch.Tensor) -> Influence | None:
 
     from rlhf_doctor.instruments.tapping import EmbeddingTap, trunk_outputs
 
-    length = ids.shape[1]
-    with trunk_outputs(length, length) as trunk, EmbeddingTap(ids) as tap:
+    batch, length = ids.shape
+    with trunk_outputs(batch, length) as trunk, EmbeddingTap(ids) as tap:
         called = live.read(ids, torch.ones_like(ids))
     output = called.tensor
     if not tap.leaves or not output.requires_grad:
         return None
     score = None
+    asked = torch.zeros(())
     per_token = output.dim() >= 2 and output.shape[1] == length and not _square_by_accident(live, output)
     if not per_token:
         flat = output.reshape(output.shape[0], -1)
-        if flat.shape[0] == length:
-            row = tap.gradients((flat[0].float() * _direction(flat[0])).sum())[0]
-            score = _scaled(row)
+        if flat.shape[0] == batch:
+            asked = (flat[-1].float() * _direction(flat[-1])).sum()
+            if batch == length:
+                score = _scaled(tap.gradients(asked)[-1])
         # The last module's activation is the embedding itself where the model has no trunk.
         reaching = [(name, a) for name, a in trunk if a.requires_grad]
         if not reaching:
@@ -70,12 +73,15 @@ def _by_gradient(live: Live, ids: torch.Tensor) -> Influence | None:
         tokens_of = f"the last activation per position ({where})"
     else:
         tokens_of = called.where
-    per_position = output.reshape(length, length, -1)
+    per_position = output.reshape(batch, length, -1)
     picked = per_position[torch.arange(length), torch.arange(length)].float()
-    rows = tap.gradients((picked * _direction(picked[0])).sum())
+    wanted = (picked * _direction(picked[0])).sum()
+    rows = tap.gradients(wanted + asked if batch > length else wanted)
     if not bool(torch.isfinite(rows).all()):
         raise Broken(live.role, f"{live.role}: gradients to the embeddings are NaN or infinite")
-    return Influence(tuple(_scaled(row) for row in rows), tokens_of, score, "gradient", FLOOR)
+    if asked.requires_grad and score is None:
+        score = _scaled(rows[-1])
+    return Influence(tuple(_scaled(row) for row in rows[:length]), tokens_of, score, "gradient", FLOOR)
 
 
 def _square_by_accident(live: Live, output: torch.Tensor) -> bool:

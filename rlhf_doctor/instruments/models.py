@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -125,6 +126,7 @@ class Live:
         self.is_module = isinstance(model, torch.nn.Module)
         self.texts = not self.is_module and takes_texts(model)
         self.score_head: Any = None
+        self.remembered: tuple[torch.Tensor, torch.Tensor, Called] | None = None
 
     @property
     def module(self) -> torch.nn.Module:
@@ -186,6 +188,18 @@ class Live:
         if raw is None:
             raise Broken(self.role, f"{self.role}: the model returned None")
         return raw
+
+    def read_once(self, ids: torch.Tensor, mask: torch.Tensor) -> Called:
+        """``read`` without gradients, of a model that was loaded here: the last such batch's output is remembered.
+
+        Raises:
+            Broken: see ``read``.
+        """
+        known = self.remembered
+        if known is None or not (ids.equal(known[0]) and mask.equal(known[1])):
+            known = (ids.clone(), mask.clone(), self.read(ids, mask))
+            self.remembered = known if self.loaded_here else None
+        return known[2]
 
     def read(self, ids: torch.Tensor, mask: torch.Tensor) -> Called:
         """The role's output for a batch, both arguments (B, T) int64; a critic's read at its head where its forward
@@ -264,6 +278,7 @@ class Models:
         """Let go of a model that was loaded here."""
         if role in self.live and self.live[role].loaded_here:
             del self.live[role]
+            gc.collect()  # modules refer to each other in circles: without it two and more models stay in memory
 
     def _make(self, role: Role) -> Live:
         import torch

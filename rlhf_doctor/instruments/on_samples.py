@@ -62,7 +62,13 @@ def on_samples(role: Role, models: Models, setup: Any, manifest: Manifest, polic
         judge = Judge(live, setup, manifest)
         pairs = list(zip(policy_samples.prompts, policy_samples.responses, strict=True))
         scores = judge.tokens(pairs)
-        return OnSamples(policy_samples, tuple(scores), () if live.is_module else tuple(judge.tokens(pairs)))
+        if live.is_module:
+            return OnSamples(policy_samples, tuple(scores))
+        live.seed += 1  # a function that draws its scores should draw others now
+        try:
+            return OnSamples(policy_samples, tuple(scores), tuple(judge.tokens(pairs)))
+        finally:
+            live.seed -= 1
     return OnSamples(policy_samples, tuple(_values(live, manifest, policy_samples)))
 
 

@@ -30,7 +30,7 @@ def output(role: str, models: Models, inputs: Inputs, manifest: Manifest) -> Out
         return _of_function(live, inputs)
     ids, mask = padded(inputs.sequences, inputs.pad_id, "right")
     with live.kept(), torch.no_grad():
-        called = live.read(ids, mask)
+        called = live.read_once(ids, mask)
     tensor = called.tensor.detach().float().cpu()
     vocab_size = manifest.embedding_rows or manifest.vocab_size or inputs.vocab_size
     kind = kind_of(tuple(tensor.shape), *ids.shape, vocab_size)
@@ -64,6 +64,7 @@ def _of_function(live: Any, inputs: Inputs) -> Output:
     from rlhf_doctor.instruments.scoring import score_texts_of_ids
 
     scores = score_texts_of_ids(live, inputs)
+    spoken = [s for s in scores if s == s]  # a function may abstain on some texts, and these are no texts at all
     batch = len(inputs.sequences)
     return Output(
         kind="scalar per sequence",
@@ -73,9 +74,9 @@ def _of_function(live: Any, inputs: Inputs) -> Output:
         batch=batch,
         length=max(len(s) for s in inputs.sequences),
         vocab_size=inputs.vocab_size,
-        finite=all(s == s and abs(s) != float("inf") for s in scores),
-        minimum=min(scores),
-        maximum=max(scores),
+        finite=bool(spoken) and all(abs(s) != float("inf") for s in spoken),
+        minimum=min(spoken, default=float("nan")),
+        maximum=max(spoken, default=float("nan")),
         std_over_states=0.0,
         std_over_sequences=0.0,
         all_shapes={"result": (len(scores),)},

@@ -92,7 +92,7 @@ def lost_updates(role: Role, models: Models, setup: Any) -> LostUpdates:
 
 
 def _dtype(tensor: Any) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return str(tensor.dtype).replace("torch.", "")
 
 
 def _vanishing(parameter: torch.Tensor, lr: float) -> float:
@@ -148,12 +148,15 @@ def head_rounding(role: Role, models: Models, inputs: Inputs, output: Output) ->
 
     if role not in ("policy", "reference") or output.kind != "vocabulary":
         raise Unavailable(f"needs logits over the vocabulary from the {role}")
-    if output.meaningless:
-        raise Unavailable(f"needs finite logits from the {role}")
+    if output.meaningless or output.shape[-1] <= max(inputs.sequences[-1]):
+        raise Unavailable(f"needs finite logits over the whole vocabulary from the {role}")
     live = models.get(role)
     sequence = inputs.sequences[-1]
     ids = torch.tensor([list(sequence)])
     weights = next((_dtype(p) for p in live.module.parameters() if p.is_floating_point()), "float32")
+    exact_already = live.loaded_here and output.dtype == "float32"
+    if exact_already and all(_dtype(p) == "float32" for p in live.module.parameters() if p.is_floating_point()):
+        return HeadRounding(0.0, 0.0, weights, "float32", output.dtype, False)
     with torch.no_grad(), live.kept():
         with _head_tap(output.shape[-1]) as caught:
             final = live.read(ids, torch.ones_like(ids)).tensor.detach().cpu()
@@ -177,7 +180,7 @@ def _exact(hidden: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
     """hidden (T, H) times matrix (V, H) transposed, float32, a slice of the vocabulary at a time."""
     import torch
 
-    parts = [hidden @ rows.float().T for rows in matrix.split(16384)]
+    parts = [hidden @ matrix[start : start + 16384].float().T for start in range(0, matrix.shape[0], 16384)]
     product = torch.cat(parts, -1)
     return product if bias is None else product + bias.float()
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ADAPTER_PARTS", "Held", "Reach", "held", "is_adapter", "reach"]
 
+LEAVES = (type(None), str, bytes, int, float, FunctionType)
 ADAPTER_PARTS = ("lora_", "adapter", "ia3_", "vera_", "hada_", "lokr_", "oft_", "boft_", "prompt_encoder", "randlora_")
 
 
@@ -71,7 +72,8 @@ def reach(role: Role, models: Models, inputs: Inputs) -> Reach:
     ids = torch.tensor([list(inputs.sequences[-1])], device=live.device)
     with live.kept(), torch.enable_grad():
         root = live.read(ids, torch.ones_like(ids)).tensor.grad_fn
-        if root is None:  # nothing that trains acts on it, or the forward pass records nothing at all: ask the embedding
+        if root is None:
+            # Nothing that trains acts on it, or the forward pass records nothing at all: the embedding tells which.
             with EmbeddingTap(ids):
                 recorded = live.read(ids, torch.ones_like(ids)).tensor.requires_grad
             return Reach((), recorded)
@@ -135,7 +137,7 @@ def _copied(model: Any, strangers: list[Any]) -> float:
         if free[tuple(p.shape), p.dtype] > 0:
             free[tuple(p.shape), p.dtype] -= 1
             matched += p.numel()
-    return matched / max(sum(p.numel() for p in mine), 1)
+    return float(matched / max(sum(p.numel() for p in mine), 1))
 
 
 def _undecidable(setup: Any, strangers: list[Any], unknown: list[Any]) -> str:
@@ -158,7 +160,7 @@ def _tensors(thing: Any, depth: int = 3) -> Iterator[Any]:
         if thing.is_floating_point() and thing.numel() > 1:
             yield thing
         return
-    if depth == 0 or thing is None or hasattr(thing, "forward") or isinstance(thing, (str, bytes, int, float, FunctionType)):
+    if depth == 0 or hasattr(thing, "forward") or isinstance(thing, LEAVES):
         return
     if isinstance(thing, Mapping):
         parts = list(thing.values())

@@ -341,8 +341,8 @@ class HeadRange:
 class Reading:
     """Positions of a padded sequence that a score is read from: the largest position with influence on it.
 
-    ``cases`` maps a case ("alone", "right padding", "left padding", "eos inside the prompt") to
-    (position read, last real position, length of the padded row).
+    ``cases`` maps a case ("alone", "right padding", "left padding", "eos inside the prompt", "eos at the end", "bos at
+    the start") to (position read, last real position, length of the padded row).
     """
 
     cases: Mapping[str, tuple[int, int, int]]

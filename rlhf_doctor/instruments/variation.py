@@ -58,6 +58,19 @@ class Variation:
         """The largest distance of any of these from the base."""
         return max((abs(n - self.base) for n in numbers), default=0.0)
 
+    @property
+    def repeated(self) -> bool:
+        """Whether all states of a text have one value, which another text's states do not."""
+        if not self.states or not self.rounding < float("inf"):
+            return False
+        along = max(max(row) - min(row) for row in (self.states, self.other_states))
+        return along <= self.rounding and abs(self.states[0] - self.other_states[0]) > 4 * self.rounding
+
+    @property
+    def still(self) -> bool:
+        """Whether no replaced token changed it, beyond rounding."""
+        return self.moved((*self.by_response, *self.by_prompt)) <= self.rounding < float("inf")
+
 
 @role_fact(Stage.PROBE)
 def variation(role: Role, models: Models, inputs: Inputs, output: Output) -> Variation:
@@ -75,7 +88,7 @@ def variation(role: Role, models: Models, inputs: Inputs, output: Output) -> Var
         raise Unavailable(f"needs a scalar output; it is {output.kind}")
     live = models.get(role)
     _ = live.module
-    base = max(inputs.sequences, key=len)
+    base = min(inputs.sequences, key=len)
     half = len(base) // 2
     rows = [base]
     rows += [base[:half] + other[half:] for other in _others(base, inputs, live.seed)]

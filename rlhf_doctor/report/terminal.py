@@ -58,8 +58,9 @@ def show(record: Mapping[str, Any], console: Console | None = None, *, path: str
     page = _Page(console)
     _head(page, made)
     shown = {one["id"]: one for one in made["findings"]}
+    told: dict[str, int] = {}
     for number, root in enumerate(made["diagnosis"], start=1):
-        _root(page, number, shown[root["id"]], [shown[child["id"]] for child in root["explains"]])
+        _root(page, number, shown[root["id"]], [shown[child["id"]] for child in root["explains"]], told)
     _models(page, made["setup"]["roles"])
     _infos(page, [one for one in made["findings"] if one["severity"] == "info"])
     _unchecked(page, made)
@@ -125,7 +126,10 @@ def _head(page: _Page, made: Mapping[str, Any]) -> None:
         page.put(f"{crash['code']}, a fault of this tool: {last[0]}", mark=Text("CRASHED   ", style="bold yellow"))
 
 
-def _root(page: _Page, number: int, one: Mapping[str, Any], follows: Sequence[Mapping[str, Any]]) -> None:
+def _root(
+    page: _Page, number: int, one: Mapping[str, Any], follows: Sequence[Mapping[str, Any]], told: dict[str, int]
+) -> None:
+    """One cause; ``told`` maps a code to the number under which its steps stand already."""
     page.gap()
     _title(page, f"{number}. ", one)
     page.put(one["message"], at=3)
@@ -135,7 +139,9 @@ def _root(page: _Page, number: int, one: Mapping[str, Any], follows: Sequence[Ma
     if len(one["evidence"]) > EVIDENCE:
         page.put(f"and {len(one['evidence']) - EVIDENCE} more", at=5, style="dim")
     fix = blocks(one["page"].get("How to fix", ""))
-    if fix:
+    if told.setdefault(one["code"], number) != number:
+        page.put(f"fix as under {told[one['code']]}.", at=3, style="dim")
+    elif fix:
         page.put("fix", at=3, style="dim")
         _steps(page, fix)
     if follows:

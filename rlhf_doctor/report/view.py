@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_doctor.check import HEADINGS
 from rlhf_doctor.finding import MODEL_ROLES, ROLES, Severity
 from rlhf_doctor.report.pictures import influence_map, influence_words, legend, wiring
 from rlhf_doctor.report.text import blocks, clean, counted
@@ -110,7 +111,8 @@ def grouped(rows: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, list
 def _finding(one: Mapping[str, Any]) -> dict[str, Any]:
     page = one["page"]
     used = [name for name, _ in COLUMNS if name in ALWAYS or any(e[name] for e in one["evidence"])]
-    rest = ("What it examines", "What it looks like when broken", "Source")
+    calm = one["severity"] == Severity.INFO  # nothing to mend: the whole page is background
+    rest = HEADINGS if calm else ("What it examines", "What it looks like when broken", "Source")
     return {
         **{k: one[k] for k in ("id", "code", "role", "severity", "confidence", "title", "message", "evidence")},
         "name": human(one["slug"]),

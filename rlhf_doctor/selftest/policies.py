@@ -39,12 +39,12 @@ def paired(setup: Any, policy: nn.Module) -> Any:
     return alone(setup, policy=policy, reference=frozen(policy))
 
 
-def frozen(model: nn.Module) -> nn.Module:
+def frozen(model: nn.Module) -> Any:
     """An independent copy in eval mode that requires no gradients."""
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
-def hand_written(setup: Any, **options: Any) -> HandWrittenDecoder:
+def hand_written(setup: Any, **options: Any) -> Any:
     """A hand-written language model over the setup's vocabulary, in eval mode."""
     size = vocabulary(setup)
     return HandWrittenDecoder(size, size, **options).eval()
@@ -57,8 +57,8 @@ class Wrapped(nn.Module):
         lm: the model.
         way: "plain"; "maskless" drops the mask; "counted" drops the position ids that follow from it; "open" lets every
             token see every other; "ahead" mixes the next position's logits in; "probabilities" ends in a softmax;
-            "hidden" ends before the head; "last" keeps the last position alone; "log-softmax" gives log-probabilities in
-            bfloat16.
+            "hidden" ends before the head; "last" keeps the last position alone; "log-softmax" gives log-probabilities
+            in bfloat16.
     """
 
     def __init__(self, lm: Any, way: str = "plain") -> None:
@@ -154,7 +154,8 @@ class HalfHead(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """(B, T) -> (B, T, V) bfloat16."""
-        return self.body(ids, mask).bfloat16() @ self.head.weight.bfloat16().T
+        logits: torch.Tensor = self.body(ids, mask).bfloat16() @ self.head.weight.bfloat16().T
+        return logits
 
 
 class CachedDecoder(nn.Module):
@@ -178,7 +179,9 @@ class CachedDecoder(nn.Module):
         """ids (B, t), mask (B, t_past + t) -> (B, t, V), keys and values (B, t_past + t, H)."""
         new = ids.shape[1]
         counted = (mask.cumsum(-1) - 1).clamp(min=0)[:, -new:]
-        places = torch.zeros_like(counted) + torch.arange(new) if self.forgets == "position" and cache is not None else counted
+        places = counted
+        if self.forgets == "position" and cache is not None:
+            places = torch.arange(new)[None]
         x = self.table(ids) + self.places(places)
         q, k, v = self.qkv(x).chunk(3, -1)
         if cache is not None:
@@ -289,7 +292,8 @@ def adapted(lm: Any, *, trained: bool = False, seed: int = 3, **options: Any) ->
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # about layers that store their weights transposed
         torch.default_generator.manual_seed(seed)
-        made = get_peft_model(copy.deepcopy(lm), LoraConfig(r=4, target_modules="all-linear", **options)).eval()
+        config = LoraConfig(**{"r": 4, "target_modules": "all-linear", **options})
+        made = get_peft_model(copy.deepcopy(lm), config).eval()
         if trained:
             with torch.no_grad():
                 for name, parameter in made.named_parameters():

@@ -256,7 +256,7 @@ def byte_pairs() -> Any:
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<pad>", "<eos>"], initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=400, special_tokens=["<pad>", "<eos>"], show_progress=False,
         show_progress=False,
     )  # fmt: skip
     inner.train_from_iterator(["Question: what is it? Answer: it is a fox and a house"] * 5, trainer)

@@ -24,8 +24,8 @@ def kl_coefficient(setup: Any) -> Iterator[Finding]:
         says nothing.
 
     Why it matters:
-        The penalty keeps the policy near the text that the reward model was trained on. Without it the policy finds what
-        the reward model overrates; with the sign turned it is paid for leaving.
+        The penalty keeps the policy near the text that the reward model was trained on. Without it the policy finds
+        what the reward model overrates; with the sign turned it is paid for leaving.
 
     What it looks like when broken:
         KL grows without bound while the reward rises; or no KL is logged at all. With a multiplicative controller a
@@ -37,8 +37,8 @@ def kl_coefficient(setup: Any) -> Iterator[Finding]:
         3. If no penalty is meant, leave the reference model out, which saves its memory.
 
     Source:
-        Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (the penalty, and its adaptive coefficient); a negative one
-        that was published: https://github.com/rllm-org/rllm/issues/111; acting nowhere:
+        Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (the penalty, and its adaptive coefficient); a negative
+        one that was published: https://github.com/rllm-org/rllm/issues/111; acting nowhere:
         https://github.com/verl-project/verl/issues/750; 0 by default: https://github.com/huggingface/trl/issues/4040;
         0 by design: Yu et al. 2025, "DAPO", https://arxiv.org/abs/2503.14476.
     """
@@ -52,7 +52,8 @@ def kl_coefficient(setup: Any) -> Iterator[Finding]:
     evidence = Evidence("declared kl_coef", "above 0", f"{coefficient:g}", where="declared")
     if coefficient < 0:
         yield Finding(
-            f"The KL coefficient is {coefficient:g}: divergence from the reference is rewarded. It should be positive: turn "
+            f"The KL coefficient is {coefficient:g}: divergence from the reference is rewarded. It should be "
+            "positive: turn "
             "its sign.",
             role="setup",
             severity=Severity.ERROR,
@@ -76,7 +77,8 @@ def kl_coefficient(setup: Any) -> Iterator[Finding]:
         )
     elif nowhere:
         yield Finding(
-            f"The KL coefficient is {coefficient:g} and kl_in is {place!r}: the penalty acts nowhere. It should be in the "
+            f"The KL coefficient is {coefficient:g} and kl_in is {place!r}: the penalty acts nowhere. It should be "
+            "in the "
             "reward or in the loss: switch one of them on.",
             role="setup",
             confidence=Confidence.PROVEN,

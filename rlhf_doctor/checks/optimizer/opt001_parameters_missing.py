@@ -31,19 +31,19 @@ def parameters_missing(
 ) -> Iterator[Finding]:
     """
     What it examines:
-        Of policy and critic in memory: which parameters require gradients, which of those the output depends on (read off
-        the autograd graph), and which of those the given optimizers hold. An adapter or a scalar head that is frozen is
-        a fault, and so are a model of which nothing trains and parameters that only optimizers over a copy hold. Frozen
-        lower layers, and a frozen base under an adapter, are sound. Without optimizers, or with hand-written ones in the
-        setup's state, only gradients are judged.
+        Of policy and critic in memory: which parameters require gradients, which of those the output depends on (read
+        off the autograd graph), and which of those the given optimizers hold. An adapter or a scalar head that is
+        frozen is a fault, and so are a model of which nothing trains and parameters that only optimizers over a copy
+        hold. Frozen lower layers, and a frozen base under an adapter, are sound. Without optimizers, or with
+        hand-written ones in the setup's state, only gradients are judged.
 
     Why it matters:
         An optimizer steps what it was built from. Whatever is not among it stays as it was, while losses, gradients and
         rewards of the log look alive.
 
     What it looks like when broken:
-        The saved adapter is byte for byte the one that was loaded; only the value head moves; the reward never does. The
-        optimizer was built before the model was wrapped, copied or moved, or the adapter was loaded for inference.
+        The saved adapter is byte for byte the one that was loaded; only the value head moves; the reward never does.
+        The optimizer was built before the model was wrapped, copied or moved, or the adapter was loaded for inference.
 
     How to fix:
         1. Load an adapter that will be trained with is_trainable=True, and do not prepare it for k-bit training twice.
@@ -87,7 +87,8 @@ def _frozen(role: Role, p: Parameters, manifest: Manifest | None, reach: Reach |
     else:
         return None
     return Finding(
-        f"The {NAMES[role]} will not learn: {said}. Require gradients of what should train before the optimizer is built.",
+        f"The {NAMES[role]} will not learn: {said}. Require gradients of what should train before the optimizer is "
+        "built.",
         role=role,
         confidence=Confidence.PROVEN,
         evidence=(
@@ -118,7 +119,8 @@ def _loose(
     if none and copied:
         said += "; one holds a copy of them, of the same shapes, that is no model of this setup"
     return Finding(
-        f"The {NAMES[role]} will not learn{'' if none else ' in full'}: {said}. Build the optimizer from the very model that the "
+        f"The {NAMES[role]} will not learn{'' if none else ' in full'}: {said}. Build the optimizer from the very "
+        "model that the "
         "loop calls, after the last time it was wrapped or copied.",
         role=role,
         severity=None if grave else Severity.WARNING,
@@ -146,7 +148,9 @@ def _head(manifest: Manifest | None) -> str:
 
 def _part(name: str) -> str:
     """The module's own name in a parameter's: ``score`` of ``base_model.model.score.modules_to_save.default.weight``."""
-    parts = [part for part in name.split(".") if part not in ("weight", "modules_to_save", "default", "original_module")]
+    parts = [
+        part for part in name.split(".") if part not in ("weight", "modules_to_save", "default", "original_module")
+    ]
     return parts[-1] if parts else ""
 
 

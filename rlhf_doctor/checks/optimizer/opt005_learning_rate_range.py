@@ -46,14 +46,15 @@ def learning_rate_range(setup: Any, rates: Sequence[Rate]) -> Iterator[Finding]:
         3. Use Adam with betas (0.9, 0.95 to 0.999) and an epsilon between 1e-8 and 1e-5.
 
     Source:
-        Published rates of full training: 3e-6 (Huang et al. 2024, https://arxiv.org/abs/2403.17031), 9.65e-6 (DeepSpeed-
-        Chat), 5e-7 with 9e-6 for the critic (OpenRLHF), 1e-6 with 1e-5 (verl), 1.4e-5 and 3e-5 for GPT-2 (TRL, trlx);
-        5e-5 was a fault: https://github.com/huggingface/trl/pull/5174. So 4e-5 is remarked on from 100M parameters on.
-        Adam's best rate falls about as the width grows (Yang et al. 2022, https://arxiv.org/abs/2203.03466): 1e-3 from
-        10M, and 5e-3 below, where PPO outside language uses 3e-4 to 2.5e-3. Adapters take ten times the full rate
-        (https://thinkingmachines.ai/blog/lora/), hence 1e-3. The critic's limit is three times the policy's. Epsilon:
-        https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/ measured a milder start
-        with a larger effective one.
+        Published rates of full training: 3e-6 (Huang et al. 2024, https://arxiv.org/abs/2403.17031), 9.65e-6
+        (DeepSpeed- Chat), 5e-7 with 9e-6 for the critic (OpenRLHF), 1e-6 with 1e-5 (verl), 1.4e-5 and 3e-5 for GPT-2
+        (TRL, trlx); 5e-5 was a fault: https://github.com/huggingface/trl/pull/5174. So 4e-5 is remarked on from 100M
+        parameters on. Adam's best rate falls about as the width grows (Yang et al. 2022,
+        https://arxiv.org/abs/2203.03466): 1e-3 from 10M, and 5e-3 below, where PPO outside language uses 3e-4 to
+        2.5e-3. Adapters take ten times the full rate (https://thinkingmachines.ai/blog/lora/), hence 1e-3. The
+        critic's limit is three times the policy's. Epsilon:
+        https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/ measured a milder
+        start with a larger effective one.
     """
     for rate in rates:
         yield from _rate(rate)
@@ -109,12 +110,14 @@ def _together(rates: Sequence[Rate]) -> Iterator[Finding]:
     if len(by_role["policy"]) == 1 and by_role["policy"] == by_role["value"]:
         one = next(r for r in rates if r.role == "value")
         yield _finding(one, "learning rates of policy and critic", "often the critic's is the higher", f"both {one.lr:g}",
-                       "is the policy's too; many recipes give the critic up to ten times of it, or let it warm up first",
+                       "is the policy's too; many recipes give the critic up to ten times of it, or let it warm "
+                       "up first",
                        "This is fine where the value loss falls.", Severity.INFO)  # fmt: skip
     small = next((r for r in rates if r.role == "policy" and r.eps is not None and 0 < r.eps <= TORCH_EPSILON), None)
     if small is not None and small.betas:
         yield _finding(small, "Adam's epsilon", "1e-5 for a milder start", f"{small.eps:g}",
-                       f"comes with an epsilon of {small.eps:g}, PyTorch's default; first updates are larger than with 1e-5",
+                       f"comes with an epsilon of {small.eps:g}, PyTorch's default; first updates are larger than "
+                       "with 1e-5",
                        "This is common; with 1e-5 early KL was measured lower.", Severity.INFO)  # fmt: skip
 
 

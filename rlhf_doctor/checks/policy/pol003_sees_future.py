@@ -60,7 +60,8 @@ def policy_sees_future(
     largest, t, s = max(entries)
     seeing = [entry for entry in entries if entry[0] > policy_influence.floor]
     yield Finding(
-        f"The policy sees the future: its logits after token {t} depend on token {s}. They should depend on tokens 0 to "
+        f"The policy sees the future: its logits after token {t} depend on token {s}. They should depend on tokens "
+        "0 to "
         "t alone: apply a causal mask in every attention layer.",
         role="policy",
         confidence=Confidence.PROVEN,

@@ -46,8 +46,8 @@ def policy_dropout_active(
            tie its dropout to self.training.
 
     Source:
-        Huang et al. 2024, "The N+ implementation details of RLHF with PPO", https://arxiv.org/abs/2403.17031 (dropout is
-        disabled); https://github.com/huggingface/trl/pull/1540; a layer that ignores eval():
+        Huang et al. 2024, "The N+ implementation details of RLHF with PPO", https://arxiv.org/abs/2403.17031 (dropout
+        is disabled); https://github.com/huggingface/trl/pull/1540; a layer that ignores eval():
         https://github.com/deepspeedai/DeepSpeed/issues/1781; eval() during the update is harmless:
         https://github.com/huggingface/trl/issues/1066. The tolerance is a tenth of what rounding explains between
         batches of other shapes; on a CPU repeated calls agree exactly, on accelerators to some 1e-6 of the spread.

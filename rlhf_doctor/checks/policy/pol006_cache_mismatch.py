@@ -49,7 +49,8 @@ def policy_cache_mismatch(policy_invariance: Invariance) -> Iterator[Finding]:
     if not shift.moved:
         return
     yield Finding(
-        f"The policy decoded with its cache gives other log-probabilities than in one pass, by up to {shift.largest:.2g} "
+        "The policy decoded with its cache gives other log-probabilities than in one pass, by up to "
+        f"{shift.largest:.2g} "
         "nats a token. They should be the same: count positions from the cache's length on, and keep every cached key.",
         role="policy",
         confidence=Confidence.PROVEN,

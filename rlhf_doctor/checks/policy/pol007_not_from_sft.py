@@ -26,8 +26,8 @@ def policy_not_from_sft(setup: Any, policy_text_loss: TextLoss) -> Iterator[Find
         be "sft". With prompts alone a bad loss is only mentioned, since fine-tuning may have masked them.
 
     Why it matters:
-        RL sharpens what a policy does sometimes. One that has learnt nothing never does it, so no reward tells good from
-        bad; and the KL penalty holds it to the reference, which is a copy of it.
+        RL sharpens what a policy does sometimes. One that has learnt nothing never does it, so no reward tells good
+        from bad; and the KL penalty holds it to the reference, which is a copy of it.
 
     What it looks like when broken:
         Gibberish rollouts, a flat reward, entropy near the logarithm of the vocabulary. The cause is weights that were
@@ -41,8 +41,8 @@ def policy_not_from_sft(setup: Any, policy_text_loss: TextLoss) -> Iterator[Find
 
     Source:
         Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (the policy starts from SFT); Huang et al. 2024,
-        https://arxiv.org/abs/2403.17031. A trained language model's loss is a third of log V or less, and one with random
-        weights is at log V or above, so 0.95 log V tells them apart without a text that fits well.
+        https://arxiv.org/abs/2403.17031. A trained language model's loss is a third of log V or less, and one with
+        random weights is at log V or above, so 0.95 log V tells them apart without a text that fits well.
     """
     if setup.declared.get("policy_init") != "sft":
         raise Unavailable('needs policy_init="sft" to be declared')
@@ -52,7 +52,8 @@ def policy_not_from_sft(setup: Any, policy_text_loss: TextLoss) -> Iterator[Find
     what = "preferred responses" if t.source == "preferences" else "prompts"
     yield Finding(
         f"The policy is declared to come from SFT, and predicts the {what} no better than a uniform guess: "
-        f"{t.nll:.2f} nats a token, where knowing nothing gives {t.uniform:.2f}. Check that its weights were loaded and "
+        f"{t.nll:.2f} nats a token, where knowing nothing gives {t.uniform:.2f}. Check that its weights were "
+        "loaded and "
         "that the tokenizer is the one of SFT.",
         role="policy",
         severity=None if t.source == "preferences" else Severity.INFO,

@@ -26,10 +26,11 @@ def low_precision_update(
 ) -> Iterator[Finding]:
     """
     What it examines:
-        Trained weights that are stored in bfloat16 or float16 and stepped in place by an optimizer of Adam's kind, whose
-        step is about as large as its learning rate. Counted are the weights for which that is less than half of their
-        last binary digit, so that adding it changes nothing. An optimizer that keeps float32 master weights, rounds
-        stochastically or carries the remainder is sound, and so is an adapter in float32 over a half-precision base.
+        Trained weights that are stored in bfloat16 or float16 and stepped in place by an optimizer of Adam's kind,
+        whose step is about as large as its learning rate. Counted are the weights for which that is less than half of
+        their last binary digit, so that adding it changes nothing. An optimizer that keeps float32 master weights,
+        rounds stochastically or carries the remainder is sound, and so is an adapter in float32 over a half-precision
+        base.
 
     Why it matters:
         bfloat16 has 8 significant bits: the neighbours of 0.02 are 6e-5 to 1.2e-4 away. A step of 1e-6 is rounded off,
@@ -53,7 +54,9 @@ def low_precision_update(
     """
     found = {"policy": policy_lost_updates, "value": value_lost_updates}
     if all(f is None for f in found.values()):
-        raise Unavailable("needs --stage probe, models in memory, and the optimizers where weights are in half precision")
+        raise Unavailable(
+            "needs --stage probe, models in memory, and the optimizers where weights are in half precision"
+        )
     for role, f in found.items():
         if f is None or not f.scalars or f.keeper:
             continue
@@ -66,7 +69,8 @@ def low_precision_update(
             else f"{f.optimizer}'s epsilon of {f.eps:g} is 0 in float16, so weights without a gradient become NaN"
         )
         yield Finding(
-            f"The {'critic' if role == 'value' else role}'s updates are lost in rounding: {said}, and {f.optimizer} keeps no float32 master weights. Train "
+            f"The {'critic' if role == 'value' else role}'s updates are lost in rounding: {said}, and "
+            f"{f.optimizer} keeps no float32 master weights. Train "
             "float32 weights under autocast, or use an optimizer with master weights.",
             role=role,  # type: ignore[arg-type]  # both keys are roles
             confidence=Confidence.MEASURED,

@@ -46,9 +46,9 @@ def low_precision_logprobs(
     Source:
         https://github.com/OpenRLHF/OpenRLHF/pull/634 and https://github.com/deepspeedai/DeepSpeedExamples/pull/754
         (log-softmax in bfloat16); https://github.com/pytorch/torchtitan/pull/3667 (head in bfloat16);
-        https://github.com/huggingface/trl/pull/3867 (about 0.01 nat per token is usual between engines in bfloat16). So a
-        model in half precision is remarked on from five times that, a quarter of the clip range, and one that is exact
-        up to its head from 1e-3 on, the size of a rollout's KL.
+        https://github.com/huggingface/trl/pull/3867 (about 0.01 nat per token is usual between engines in bfloat16).
+        So a model in half precision is remarked on from five times that, a quarter of the clip range, and one that is
+        exact up to its head from 1e-3 on, the size of a rollout's KL.
     """
     measured: dict[Role, HeadRounding | None] = {"policy": policy_head_rounding, "reference": reference_head_rounding}
     for role, one in measured.items():
@@ -60,8 +60,10 @@ def low_precision_logprobs(
             continue
         what = "log-softmax" if one.normalised else "vocabulary head"
         yield Finding(
-            f"The {role}'s {what} runs in {one.output if one.normalised else one.head}, and its log-probabilities are off by "
-            f"{one.mean:.2g} nats a token. They should be good to {limit:g}: compute the head and the log-softmax in float32.",
+            f"The {role}'s {what} runs in {one.output if one.normalised else one.head}, and its log-probabilities "
+            "are off by "
+            f"{one.mean:.2g} nats a token. They should be good to {limit:g}: compute the head and the log-softmax "
+            "in float32.",
             role=role,
             confidence=Confidence.MEASURED,
             evidence=(

@@ -22,11 +22,12 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
         that is declared, asked for on the command line, or that the model in memory has.
 
     Why it matters:
-        bfloat16 reaches to 3e38, float16 to 65504. Models that were trained in bfloat16 have activations beyond that, and
-        those become infinite, then NaN. Weights below 6e-8 become 0.
+        bfloat16 reaches to 3e38, float16 to 65504. Models that were trained in bfloat16 have activations beyond that,
+        and those become infinite, then NaN. Weights below 6e-8 become 0.
 
     What it looks like when broken:
-        NaN rewards and a loss of 0 without any exception, empty responses or token 0 over and over, in some prompts only.
+        NaN rewards and a loss of 0 without any exception, empty responses or token 0 over and over, in some prompts
+        only.
 
     How to fix:
         1. Run it in bfloat16, or in float32 where the hardware has none.
@@ -35,9 +36,10 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
            with a loss scaler.
 
     Source:
-        https://github.com/huggingface/trl/issues/3236 (Gemma 3), https://github.com/deepspeedai/DeepSpeedExamples/issues/794
-        (Llama 2), https://github.com/hiyouga/LlamaFactory/issues/273; autocast: https://github.com/pytorch/rl/pull/3580.
-        Qi et al. 2025, https://arxiv.org/abs/2510.26788, train in float16 on purpose, with a loss scaler and models whose
+        https://github.com/huggingface/trl/issues/3236 (Gemma 3),
+        https://github.com/deepspeedai/DeepSpeedExamples/issues/794 (Llama 2),
+        https://github.com/hiyouga/LlamaFactory/issues/273; autocast: https://github.com/pytorch/rl/pull/3580. Qi et
+        al. 2025, https://arxiv.org/abs/2510.26788, train in float16 on purpose, with a loss scaler and models whose
         activations were seen to fit.
     """
     declared = str(setup.declared.get("dtype") or "").lower()
@@ -46,14 +48,23 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
     for role, m in manifest.items():
         saved = _saved(m)
         live = m.origin == "module" and m.weight_dtypes.get("F16", 0) > 0.5 * max(sum(m.weight_dtypes.values()), 1)
-        run = "declared dtype" if declared in FP16 else "--dtype" if asked in FP16 else "weights in memory" if live else ""
+        run = (
+            "declared dtype"
+            if declared in FP16
+            else "--dtype"
+            if asked in FP16
+            else "weights in memory"
+            if live
+            else ""
+        )
         if saved and run:
             hit[role] = (saved, run)
     if not hit:
         return
     roles = ", ".join(hit)
     yield Finding(
-        f"Models that were saved in bfloat16 are run in float16: {roles}. Their activations may pass float16's 65504 and turn "
+        f"Models that were saved in bfloat16 are run in float16: {roles}. Their activations may pass float16's "
+        "65504 and turn "
         "into NaN: run them in bfloat16 or float32.",
         role=next(iter(hit)) if len(hit) == 1 else "setup",
         confidence=Confidence.MEASURED,

@@ -9,7 +9,6 @@ from rlhf_doctor.check import check
 from rlhf_doctor.finding import MODEL_ROLES, Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Output, Parameters
 
-
 NAMES = {"value": "critic", "reward": "reward model"}
 
 
@@ -20,15 +19,16 @@ def not_finite(
     """
     What it examines:
         Every parameter of the four models, and what they emit for the probe sequences at real tokens. Logits of minus
-        infinity beside finite ones are normal: some heads mask unused rows of the vocabulary so. Scores of a reward
-        function are left to REW011.
+        infinity beside finite ones are normal: some heads mask unused rows of the vocabulary so. Scores of finite
+        parameters that are not finite are REW011's.
 
     Why it matters:
-        One NaN parameter makes every output NaN, one NaN output the loss, and one loss every parameter of the model that
-        is trained on it.
+        One NaN parameter makes every output NaN, one NaN output the loss, and one loss every parameter of the model
+        that is trained on it.
 
     What it looks like when broken:
-        Samples that are token 0 or "!" over and over, a loss that is logged as 0 or nan, a reward of nan. Nothing raises.
+        Samples that are token 0 or "!" over and over, a loss that is logged as 0 or nan, a reward of nan. Nothing
+        raises.
 
     How to fix:
         1. If parameters are not finite, go back to the last checkpoint that is, and look at the step in between: the
@@ -38,14 +38,15 @@ def not_finite(
 
     Source:
         https://github.com/huggingface/trl/issues/3236 (NaN logged as a loss of 0); weights that reach the sampler:
-        https://github.com/hiyouga/LlamaFactory/issues/273. There is no tolerance.
+        https://github.com/OpenRLHF/OpenRLHF/issues/1120. There is no tolerance.
     """
     for role in MODEL_ROLES:
         p, o = (parameters or {}).get(role), (output or {}).get(role)
         if p is not None and p.non_finite:
             names = ", ".join(p.non_finite[:4]) + (" …" if len(p.non_finite) > 4 else "")
             yield Finding(
-                f"The {NAMES.get(role, role)} has NaN or infinite entries in {len(p.non_finite)} of its tensors ({names}). Every entry should be "
+                f"The {NAMES.get(role, role)} has NaN or infinite entries in {len(p.non_finite)} of its tensors "
+                f"({names}). Every entry should be "
                 "finite: go back to the last checkpoint without them.",
                 role=role,
                 confidence=Confidence.PROVEN,
@@ -59,9 +60,10 @@ def not_finite(
                     ),
                 ),
             )
-        elif o is not None and p is not None and o.meaningless:
+        elif role != "reward" and o is not None and p is not None and o.meaningless:
             yield Finding(
-                f"The {NAMES.get(role, role)} emits NaN or infinite numbers for real tokens although its parameters are finite. They should be "
+                f"The {NAMES.get(role, role)} emits NaN or infinite numbers for real tokens although its "
+                "parameters are finite. They should be "
                 "finite: run it in float32 to see whether it overflows, and look for divisions by 0.",
                 role=role,
                 confidence=Confidence.PROVEN,

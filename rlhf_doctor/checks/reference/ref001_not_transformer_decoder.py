@@ -44,9 +44,7 @@ def reference_not_transformer_decoder(
         (the penalty is taken to the pretrained model that the policy starts from); Ouyang et al. 2022,
         https://arxiv.org/abs/2203.02155.
     """
-    fault = shape_fault(
-        "reference", reference_manifest, reference_architecture, reference_census, reference_influence
-    )
+    fault = shape_fault("reference", reference_manifest, reference_architecture, reference_census, reference_influence)
     neighbours = reference_invariance.shifts.get("neighbours") if reference_invariance else None
     if neighbours is not None and neighbours.moved and reference_architecture and reference_architecture.is_transformer:
         raise Unavailable("rows of a batch reach each other, so their influences cannot be told apart (POL004)")

@@ -23,17 +23,17 @@ HERE = ("policy", "adapter-off", "adapter_off", "copy", "self", "initial", "init
 def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = "") -> Iterator[Finding]:
     """
     What it examines:
-        KL(policy || reference) in nats per token over the whole vocabulary, at positions of the probe sequences, in eval
-        mode. With an adapter on the policy also the KL to the policy without it. A reference that is declared to be
-        another model, and a training that has begun already, make a difference normal: it is mentioned only.
+        KL(policy || reference) in nats per token over the whole vocabulary, at positions of the probe sequences, in
+        eval mode. With an adapter on the policy also the KL to the policy without it. A reference that is declared to
+        be another model, and a training that has begun already, make a difference normal: it is mentioned only.
 
     Why it matters:
         The penalty holds the policy to what it was. If the reference is another model, the first steps pull the policy
         there, away from what SFT taught it, and the measured KL says nothing about the drift.
 
     What it looks like when broken:
-        KL above 0 in the first log line, a reward that falls first, rollouts that turn into the other model's style. The
-        usual case is an adapter that already holds SFT: switched off, it leaves the raw base model.
+        KL above 0 in the first log line, a reward that falls first, rollouts that turn into the other model's style.
+        The usual case is an adapter that already holds SFT: switched off, it leaves the raw base model.
 
     How to fix:
         1. Make the reference from the very checkpoint that the policy starts from, with the same adapter merged.
@@ -55,11 +55,15 @@ def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = ""
     elsewhere = _another(setup)
     said = f"KL from the policy to {name} is {gap.mean:.2g} nats a token before the first update; it should be 0. "
     if elsewhere:
-        said += f"The reference is declared to be another model ({elsewhere}), as in a second stage: this is meant then."
+        said += (
+            f"The reference is declared to be another model ({elsewhere}), as in a second stage: this is meant then."
+        )
     elif begun:
         said += f"Training has begun already ({begun}), so the policy has moved away from it: this is normal then."
     elif name != "the reference":
-        said += "The adapter already holds something, such as SFT: merge it first, or keep a frozen copy as the reference."
+        said += (
+            "The adapter already holds something, such as SFT: merge it first, or keep a frozen copy as the reference."
+        )
     else:
         said += "Make the reference from the checkpoint that the policy starts from, or declare reference=PATH if it is meant."
     yield Finding(

@@ -11,6 +11,7 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.on_samples import OnSamples
 from rlhf_doctor.instruments.preferences import PairScores
 from rlhf_doctor.instruments.readings import HeadRange, Manifest, Output
+from rlhf_doctor.instruments.variation import Variation
 
 MEANINGS = {
     "vocabulary": "logits over the vocabulary at every token",
@@ -35,6 +36,7 @@ def reward_output_shape(
     reward_head_range: HeadRange | None = None,
     reward_on_samples: OnSamples | None = None,
     reward_preferences: PairScores | None = None,
+    reward_variation: Variation | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -84,7 +86,9 @@ def reward_output_shape(
     if reward_head_range is None or o.kind not in ("scalar per sequence", "scalar per token"):
         return
     seen = observed_scores(o, reward_on_samples, reward_preferences)
-    if reward_head_range.low == reward_head_range.high or not holds_back(reward_head_range, seen, setup.declared):
+    if (reward_variation is not None and reward_variation.still) or not holds_back(
+        reward_head_range, seen, setup.declared
+    ):
         return  # a constant is REW006's
     r = reward_head_range
     probability = r.bounded_below and r.bounded_above and r.low >= 0 and r.high <= 1
@@ -117,9 +121,8 @@ def _per_token(o: Output, manifest: Manifest, setup: Any) -> Iterator[Finding]:
     yield Finding(
         "The reward model gives one number at every token. "
         + (
-            "That is how token classifiers and value heads serve as rewards: the loop must read it at the "
-            "last token of "
-            "the response, not at a pad."
+            "That is how token classifiers and value heads serve as rewards: the loop must read it at the last token "
+            "of the response, not at a pad."
             if read_by_loop
             else "It should give one score per sequence, shape (batch,): read it at the last real token, or declare "
             "dense_rewards where a reward for every token is meant."

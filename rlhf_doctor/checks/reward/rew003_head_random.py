@@ -63,19 +63,17 @@ def reward_head_random(
     if found is not None:
         problem, evidence = found
         yield Finding(
-            f"The reward model's checkpoint {problem}, so the loader makes a new random head and the scores "
-            "mean nothing. "
-            "It should hold the head that was trained: save it again with its head, under the name that "
-            "its class reads.",
+            f"The reward model's checkpoint {problem}, so the loader makes a new random head and the scores mean "
+            "nothing. It should hold the head that was trained: save it again with its head, under the name that its "
+            "class reads.",
             role="reward",
             confidence=Confidence.PROVEN,
             evidence=(evidence,),
         )
     elif reward_loading is not None and (lost := new_heads(reward_loading, reward_manifest)):
         yield Finding(
-            "The reward model's head was newly initialised when its checkpoint was loaded "
-            f"({', '.join(lost)}): the scores "
-            "are random. It should be restored from the checkpoint.",
+            f"The reward model's head was newly initialised when its checkpoint was loaded ({', '.join(lost)}): the "
+            "scores are random. It should be restored from the checkpoint.",
             role="reward",
             confidence=Confidence.PROVEN,
             evidence=(
@@ -90,9 +88,8 @@ def reward_head_random(
     elif reward_stored_head is not None and reward_stored_head.replaced:
         s = reward_stored_head
         yield Finding(
-            f"The reward model came from {s.folder} and its body is the one stored there, but its head is "
-            "not: it was made "
-            "anew after loading. It should be the stored head, unless the head alone was trained since.",
+            f"The reward model came from {s.folder} and its body is the one stored there, but its head is not: it was "
+            "made anew after loading. It should be the stored head, unless the head alone was trained since.",
             role="reward",
             confidence=Confidence.MEASURED,
             evidence=(

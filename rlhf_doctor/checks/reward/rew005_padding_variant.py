@@ -16,7 +16,7 @@ from rlhf_doctor.instruments.readings import Invariance, Manifest, Reading
     "a text's score does not depend on how its batch is padded",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("REW001", "REW002", "REW004", "PRE004"),
+    after=("REW001", "REW002", "REW004", "REW007", "PRE004"),
 )
 def reward_padding_variant(
     reward_invariance: Invariance, reward_manifest: Manifest, setup: Any, reward_reading: Reading | None = None
@@ -62,9 +62,8 @@ def reward_padding_variant(
         return
     names = " and ".join("other neighbours in the batch" if n == "neighbours" else n for n in told)
     yield Finding(
-        f"The score of one text changes with {names}. It should be the same alone and in any batch: use the "
-        "attention mask "
-        "in the attention, in the positions and in the pooling."
+        f"The score of one text changes with {names}. It should be the same alone and in any batch: use the attention "
+        "mask in the attention, in the positions and in the pooling."
         if grave
         else f"The score of one text changes with {names}, which this setup does not use.",
         role="reward",

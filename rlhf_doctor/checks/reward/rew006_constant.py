@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 from rlhf_doctor.check import check
@@ -22,7 +23,7 @@ FEWEST = 8
     "the score depends on the response and on the prompt",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("REW001", "REW002", "PRE004"),
+    after=("REW001", "PRE004"),
 )
 def reward_constant(
     reward_manifest: Manifest,
@@ -73,14 +74,18 @@ def reward_constant(
 def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> Iterator[Finding]:
     half = v.length // 2
     response, prompt = v.moved(v.by_response), v.moved(v.by_prompt)
+    if not all(isfinite(n) for n in (v.base, *v.by_response, *v.by_prompt)):
+        return
     row = () if influence is None else influence.score or (influence.tokens[-1] if influence.tokens else ())
     gradient = max(row[: len(row) // 2], default=0.0)
-    if response <= v.rounding and prompt <= v.rounding:
+    # Half precision can hide what moves; a gradient shows it.
+    silent = response <= v.rounding and not any(row[len(row) // 2 :])
+    if silent and prompt <= v.rounding and gradient == 0.0:
         what = f"is {v.base:.6g} for every text"
         advice = (
             "It should differ between texts: look for a softmax over one label, a saturated sigmoid, a head of zeros."
         )
-    elif response <= v.rounding:
+    elif silent:
         what = "does not depend on the response"
         advice = "It should be read at the last token of the response."
     elif prompt == 0.0 and gradient == 0.0:
@@ -94,8 +99,8 @@ def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> 
         confidence=Confidence.PROVEN,
         evidence=(
             Evidence(
-                f"largest change of the score when tokens {half} … {v.length - 1} of {v.length} are "
-                "replaced, six times",
+                f"largest change of the score when tokens {half} … {v.length - 1} of {v.length} are replaced, six "
+                "times",
                 expected="well above rounding",
                 observed=f"{response:.3g}, the score being {v.base:.6g}",
                 tolerance=f"{v.rounding:.2g}",
@@ -124,19 +129,16 @@ def _of_function(
         Evidence(f"scores of {texts}", "at least two different ones", f"{value:.6g} for all", where=manifest.class_name)
     ]
     message = (
-        f"The reward function gives {value:.6g} for all {texts}. That is normal for a strict verifier and a "
-        "policy that "
-        "does not yet solve the task; nothing is learned until some response scores otherwise."
+        f"The reward function gives {value:.6g} for all {texts}. That is normal for a strict verifier and a policy "
+        "that does not yet solve the task; nothing is learned until some response scores otherwise."
     )
     severity: Severity | None = Severity.INFO
     if wide is not None and any(score != value for score in wide.behind):
         changed = sum(score != value for score in wide.behind)
         message = (
-            f"The reward function gives {value:.6g} for all {texts}, and something else once "
-            f"{wide.prefill.strip()!r}, with "
-            "which the prompt already ends, is put before the response. It should be asked for that tag "
-            "and the response, "
-            "or not look for the tag."
+            f"The reward function gives {value:.6g} for all {texts}, and something else once {wide.prefill.strip()!r}, "
+            "with which the prompt already ends, is put before the response. It should be asked for that tag and the "
+            "response, or not look for the tag."
         )
         evidence.append(Evidence("scores that change with the tag before the response", "0", f"{changed}"))
         severity = Severity.WARNING
@@ -145,8 +147,7 @@ def _of_function(
             f"The reward function gives {value:.6g} for all {texts}"
             + ("" if paired else " and for every other text that was tried")
             + ". It should tell a good response from a bad one: look for a test that never matches, or a "
-            "result that is "
-            "overwritten."
+            "result that is overwritten."
         )
         severity = Severity.WARNING
         if wide is not None:
@@ -182,15 +183,14 @@ def _(healthy: Any) -> Any:
     return healthy.but(reward=changed)
 
 
-@reward_constant.fault("the prompt is cut off before scoring")
+@reward_constant.fault("the prompt is masked out before scoring")
 def _(healthy: Any) -> Any:
-    reward = healthy.reward
-
     def call(model: Any, ids: Any, mask: Any) -> Any:
-        half = ids.shape[1] // 2
-        return model(input_ids=ids[:, half:], attention_mask=mask[:, half:]).logits
+        hidden = mask.clone()
+        hidden[:, : mask.shape[1] // 2] = 0
+        return model(input_ids=ids, attention_mask=hidden).logits
 
-    return healthy.but(reward=reward, calls={**healthy.calls, "reward": call})
+    return healthy.but(calls={**healthy.calls, "reward": call})
 
 
 @reward_constant.fault("a function that looks for a tag which the prompt already ends in")

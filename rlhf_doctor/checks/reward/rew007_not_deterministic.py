@@ -55,9 +55,8 @@ def reward_not_deterministic(
         apart = [abs(a - b) for a, b in zip(s.numbers, s.again, strict=True)]
         if max(apart) > 1e-6 * max(1.0, *(abs(n) for n in s.numbers)):
             yield Finding(
-                f"The reward function gives other scores when it is asked for the same {len(apart)} "
-                "responses again. It "
-                "should be a function of prompt and response: fix its seed or lower its temperature.",
+                f"The reward function gives other scores when it is asked for the same {len(apart)} responses again. "
+                "It should be a function of prompt and response: fix its seed or lower its temperature.",
                 role="reward",
                 confidence=Confidence.PROVEN,
                 severity=Severity.WARNING,
@@ -70,10 +69,13 @@ def reward_not_deterministic(
         return
     active = reward_parameters.active_dropout if reward_parameters else ()
     cause = f"{len(active)} dropout layers are active" if active else "something in its forward pass is random"
+    deaf = reward_invariance.shifts.get("repeat in eval mode", shift).moved
+    advice = (
+        "eval() does not end it, so look for dropout with training=True" if deaf else "call eval() on it before scoring"
+    )
     yield Finding(
-        f"The reward model scores the same text differently twice, in {reward_invariance.mode} mode: "
-        f"{cause}. It should be "
-        "deterministic: call eval() on it before scoring.",
+        f"The reward model scores the same text differently twice, in {reward_invariance.mode} mode: {cause}. It "
+        f"should be deterministic: {advice}.",
         role="reward",
         confidence=Confidence.PROVEN,
         evidence=(
@@ -103,7 +105,8 @@ def _(healthy: Any) -> Any:
 
     config = transformers.GPT2Config(
         vocab_size=specimens.vocabulary(healthy), n_embd=32, n_layer=2, n_head=4, n_positions=128, num_labels=1,
-        pad_token_id=healthy.tokenizer.pad_token_id, eos_token_id=healthy.tokenizer.eos_token_id,
+        bos_token_id=None, pad_token_id=healthy.tokenizer.pad_token_id,
+        eos_token_id=healthy.tokenizer.eos_token_id,
     )  # fmt: skip
     return healthy.but(reward=transformers.GPT2ForSequenceClassification(config).train())
 

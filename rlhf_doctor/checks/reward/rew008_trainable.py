@@ -61,13 +61,11 @@ def reward_trainable(
         where=", ".join((held or own)[:3]),
     )
     yield Finding(
-        f"An optimizer holds {len(held)} trainable tensors of the reward model, so PPO changes the reward "
-        "it is judged by. "
-        "The reward model should be frozen: requires_grad_(False), and out of every optimizer."
+        f"An optimizer holds {len(held)} trainable tensors of the reward model, so PPO changes the reward it is judged "
+        "by. The reward model should be frozen: requires_grad_(False), and out of every optimizer."
         if held
         else "The reward model's parameters require a gradient and no given optimizer holds them. Where it "
-        "scores under "
-        "no_grad, that is normal; requires_grad_(False) says so for good.",
+        "scores under no_grad, that is normal; requires_grad_(False) says so for good.",
         role="reward",
         confidence=Confidence.PROVEN,
         severity=None if held else Severity.INFO,

@@ -12,7 +12,7 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.preferences import PairScores
 
 USEFUL = 0.65
-DOUBT = 0.01
+DOUBT, CHANCE = 0.01, 0.05
 
 
 @check(
@@ -20,15 +20,15 @@ DOUBT = 0.01
     "the reward model prefers the chosen responses",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("REW002", "REW006", "REW007", "PRE004"),
+    after=("REW006", "REW007", "PRE004"),
 )
 def reward_prefers_rejected(reward_preferences: PairScores, setup: Any) -> Iterator[Finding]:
     """
     What it examines:
-        The setup's preference pairs are scored, the end of sequence included, and the share of pairs whose chosen
-        response scores higher is counted; ties do not count. It is a fault where that share is at or below one half
-        and so low that a reward model of accuracy 0.65 would give it less than once in a hundred times. Below that
-        certainty nothing is said: five pairs are the fewest that can be convincing.
+        The setup's preference pairs are scored, the end of sequence included, and the pairs whose chosen response
+        scores higher are counted; ties do not count. It is a fault where they are no more than a coin would give
+        (5%), and so few that a reward model of accuracy 0.65 would give as few less than once in a hundred times.
+        Below that certainty nothing is said: five pairs are the fewest that can convince.
 
     Why it matters:
         PPO raises the score. If the score prefers what people rejected, PPO works hard towards it; if it does not know
@@ -59,18 +59,17 @@ def reward_prefers_rejected(reward_preferences: PairScores, setup: Any) -> Itera
     if n == 0 or not all(isfinite(score) for pair in p.with_eos for score in pair):
         return
     doubt = at_most(k, n, USEFUL)
-    if 2 * k > n or doubt >= DOUBT:
+    if at_most(n - k, n, 0.5) < CHANCE or doubt >= DOUBT:
         return
     low, high = wilson(k, n)
     margin = sum(c - r for c, r in p.with_eos) / len(p.with_eos)
     flipped = high < 0.5
     yield Finding(
-        f"The reward model prefers the rejected response in {n - k} of {n} pairs: its sign is turned over. "
-        "Check which column and which label is the chosen one, and the sign of the score."
+        f"The reward model prefers the rejected response in {n - k} of {n} pairs: its sign is turned over. Check which "
+        "column and which label is the chosen one, and the sign of the score."
         if flipped
         else f"The reward model prefers the chosen response in {k} of {n} pairs, no better than a coin. It "
-        "should be well "
-        "above one half: check its head, its template and the pairs.",
+        "should be well above one half: check its head, its template and the pairs.",
         role="reward",
         confidence=Confidence.MEASURED,
         evidence=(
@@ -98,18 +97,15 @@ def _(healthy: Any) -> Any:
     return healthy.but(preferences=[(prompt, rejected, chosen) for prompt, chosen, rejected in healthy.preferences])
 
 
-@reward_prefers_rejected.fault("a head that was never trained")
+@reward_prefers_rejected.fault("a reward that knows no more than a coin")
 def _(healthy: Any) -> Any:
-    import copy
+    from rlhf_doctor.selftest import scorers
 
-    import torch
+    def rule(scores: Any, ids: Any, mask: Any) -> Any:
+        places = (mask.cumsum(1) * mask) % 13 + 1
+        return scores * 0.01 + (ids * places * mask).sum(1) % 31 / 10.0
 
-    reward = copy.deepcopy(healthy.reward)
-    trained = reward.score.weight.data[0]
-    # A head at right angles to the trained one, so that chance alone does not make it a good one.
-    fresh = torch.randn(trained.shape, generator=torch.Generator().manual_seed(3))
-    reward.score.weight.data[0] = fresh - (fresh @ trained) / (trained @ trained) * trained
-    return healthy.but(reward=reward)
+    return healthy.but(reward=scorers.Rescored(healthy.reward, rule).eval())
 
 
 @reward_prefers_rejected.fault("a function that scores the opposite of what was asked")

@@ -21,7 +21,7 @@ SCALE_FREE = ("grpo", "dapo", "gspo")
     "the scores are on a scale that PPO's other numbers fit",
     stage=Stage.PROBE,
     severity=Severity.WARNING,
-    after=("REW002", "REW003", "REW006", "PRE004"),
+    after=("REW003", "REW006", "PRE004"),
 )
 def reward_scale(
     reward_manifest: Manifest, setup: Any, reward_on_samples: OnSamples | None = None
@@ -78,9 +78,8 @@ def reward_scale(
     )
     if limit and cut >= 0.5:
         yield Finding(
-            f"{cut:.0%} of the scores lie beyond the declared reward clip of ±{limit:g} and become the same "
-            "number. Scale or "
-            "centre the scores first, then clip.",
+            f"{cut:.0%} of the scores lie beyond the declared reward clip of ±{limit:g} and become the same number. "
+            "Scale or centre the scores first, then clip.",
             role="reward",
             confidence=Confidence.MEASURED,
             evidence=(evidence, Evidence("share of scores that the clip cuts", "a few percent", f"{cut:.2f}")),
@@ -88,9 +87,8 @@ def reward_scale(
     elif not narrow <= s.std <= wide:
         yield Finding(
             f"The scores of the policy's samples have a standard deviation of {s.std:.3g}, "
-            f"{'far above' if s.std > wide else 'far below'} 1. Scale them so that it is about 1, or every "
-            "other coefficient "
-            "has another meaning than it was tuned for.",
+            f"{'far above' if s.std > wide else 'far below'} 1. Scale them so that it is about 1, or every other "
+            "coefficient has another meaning than it was tuned for.",
             role="reward",
             confidence=Confidence.MEASURED,
             severity=Severity.INFO if adapts else None,
@@ -98,9 +96,8 @@ def reward_scale(
         )
     elif abs(s.mean) > max(3 * s.std, 3.0):
         yield Finding(
-            f"The mean score is {s.mean:.3g}, far from 0. That is normal: the pairwise loss leaves the "
-            "offset free. Subtract "
-            "it before PPO, so that the critic need not learn it and no clip cuts it.",
+            f"The mean score is {s.mean:.3g}, far from 0. That is normal: the pairwise loss leaves the offset free. "
+            "Subtract it before PPO, so that the critic need not learn it and no clip cuts it.",
             role="reward",
             confidence=Confidence.MEASURED,
             severity=Severity.INFO,
@@ -136,9 +133,8 @@ def _number(value: Any) -> float | None:
 
 def _inert(why: str, quantity: str, observed: str, where: str = "") -> Finding:
     return Finding(
-        f"Reward normalisation is switched on and does nothing: {why}. Measure mean and standard deviation "
-        "of the scores on "
-        "samples and store them where the normalisation reads them, or normalise in the loop.",
+        f"Reward normalisation is switched on and does nothing: {why}. Measure mean and standard deviation of the "
+        "scores on samples and store them where the normalisation reads them, or normalise in the loop.",
         role="reward",
         confidence=Confidence.PROVEN,
         evidence=(Evidence(quantity, "mean and standard deviation of real scores", observed, where=where),),

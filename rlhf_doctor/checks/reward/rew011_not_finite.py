@@ -23,7 +23,6 @@ TIES, FEWEST = 0.1, 3
     "every score is a finite number, fine enough to tell texts apart",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("REW002",),
 )
 def reward_not_finite(
     reward_manifest: Manifest,
@@ -120,9 +119,8 @@ def _coarse(dtype: str, samples: OnSamples | None, pairs: PairScores | None) -> 
             )
     if evidence:
         yield Finding(
-            f"The scores are rounded to {dtype} so coarsely that different responses tie. They should "
-            "differ: compute the head "
-            "in float32, and take out a large offset.",
+            f"The scores are rounded to {dtype} so coarsely that different responses tie. They should differ: compute "
+            "the head in float32, and take out a large offset.",
             role="reward",
             confidence=Confidence.MEASURED,
             severity=Severity.WARNING,

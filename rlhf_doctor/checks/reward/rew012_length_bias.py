@@ -24,7 +24,7 @@ FAR, STRAIGHT = 3.0, 1.6
     "the score follows content, not length or repetition",
     stage=Stage.PROBE,
     severity=Severity.WARNING,
-    after=("REW001", "REW002", "REW004", "REW006", "REW007", "REW011"),
+    after=("REW001", "REW004", "REW006", "REW007", "REW011"),
 )
 def reward_length_bias(
     reward_growth: Growth, reward_on_samples: OnSamples, reward_manifest: Manifest
@@ -87,10 +87,9 @@ def _by_length(g: Growth, samples: OnSamples, spread: float) -> Iterator[Finding
     ):
         return
     yield Finding(
-        f"The score {'rises' if rise > 0 else 'falls'} with length and little else: the same words at "
-        f"{g.lengths[-1]} instead of "
-        f"{g.lengths[0]} tokens score {rise:+.3g}, while other words of one length differ by {content:.3g}. It should "
-        "follow content: balance the lengths in the preference pairs, or take out what length explains.",
+        f"The score {'rises' if rise > 0 else 'falls'} with length and little else: the same words at {g.lengths[-1]} "
+        f"instead of {g.lengths[0]} tokens score {rise:+.3g}, while other words of one length differ by {content:.3g}. "
+        "It should follow content: balance the lengths in the preference pairs, or take out what length explains.",
         role="reward",
         confidence=Confidence.MEASURED,
         evidence=(
@@ -122,10 +121,9 @@ def _by_repetition(g: Growth, best: float, spread: float) -> Iterator[Finding]:
         if not straight or sixteen < best + FAR * spread:
             continue
         yield Finding(
-            f"Repeating {token} {COUNTS[-1]} times raises the score to {sixteen:.3g}, in proportion to the "
-            "count, while the best "
-            f"of the policy's samples scores {best:.3g}. Repetition should level off and not pay: add such texts as "
-            "rejected responses, or penalise repetition.",
+            f"Repeating {token} {COUNTS[-1]} times raises the score to {sixteen:.3g}, in proportion to the count, "
+            f"while the best of the policy's samples scores {best:.3g}. Repetition should level off and not pay: add "
+            "such texts as rejected responses, or penalise repetition.",
             role="reward",
             confidence=Confidence.MEASURED,
             evidence=(
@@ -151,12 +149,10 @@ def _(healthy: Any) -> Any:
 
 @reward_length_bias.fault("hand-written, the sum over tokens instead of the last one")
 def _(healthy: Any) -> Any:
-    import torch
-
     from rlhf_doctor.selftest import scorers
 
     def rule(scores: Any, ids: Any, mask: Any) -> Any:
-        return (torch.nn.functional.softplus(scores) * mask).sum(1)
+        return ((scores + 2) * mask).sum(1)
 
     return healthy.but(reward=scorers.Reader(healthy.reward, rule).eval())
 

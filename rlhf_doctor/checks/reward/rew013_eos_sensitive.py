@@ -21,7 +21,7 @@ LOST = 0.25
     "the ranking does not hang on the final end of sequence",
     stage=Stage.PROBE,
     severity=Severity.WARNING,
-    after=("REW002", "REW004", "REW006", "REW007", "REW009", "REW011"),
+    after=("REW004", "REW006", "REW007", "REW009", "REW011"),
 )
 def reward_eos_sensitive(reward_preferences: PairScores, setup: Any) -> Iterator[Finding]:
     """

@@ -63,7 +63,8 @@ def sampler_not_policy(setup: Any, policy_manifest: Manifest | None = None) -> I
     softer = Severity.WARNING if setup.step is not None else None  # a loop may score what it samples; a trace tells
     if declared:
         yield Finding(
-            f"Responses are declared to be sampled with {_said(declared)}. Log-probabilities come from the whole softmax, "
+            f"Responses are declared to be sampled with {_said(declared)}. Log-probabilities come from the whole "
+            "softmax, "
             "so the sampler is not the policy that is scored: sample with top_k=0, top_p=1 and no penalties.",
             role="loop",
             severity=softer,
@@ -73,8 +74,10 @@ def sampler_not_policy(setup: Any, policy_manifest: Manifest | None = None) -> I
     if shipped and policy_manifest is not None:
         where = f"{policy_manifest.path}/generation_config.json" if policy_manifest.path else "policy.generation_config"
         yield Finding(
-            f"The policy brings sampling settings along, {_said(shipped)}, and nothing declared replaces them. Whatever the "
-            "loop leaves open is filled from there, so it samples from another distribution than it scores: pass neutral "
+            f"The policy brings sampling settings along, {_said(shipped)}, and nothing declared replaces them. "
+            "Whatever the "
+            "loop leaves open is filled from there, so it samples from another distribution than it scores: pass "
+            "neutral "
             "values explicitly, or remove them from the generation config.",
             role="policy",
             severity=softer,

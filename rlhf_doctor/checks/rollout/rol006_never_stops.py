@@ -21,14 +21,15 @@ def never_stops(
 ) -> Iterator[Finding]:
     """
     What it examines:
-        The declared sampling: temperature 0, top_k 1 or do_sample false are greedy. Then, of a policy that has learnt its
-        texts: responses sampled to the declared length, whether any ends in a stop token; the probability of a stop
+        The declared sampling: temperature 0, top_k 1 or do_sample false are greedy. Then, of a policy that has learnt
+        its texts: responses sampled to the declared length, whether any ends in a stop token; the probability of a stop
         token right after a whole preferred response; and how many preferred responses are longer than the declared
         limit. A policy that predicts the texts no better than a guess is not judged, since it never stops either.
 
     Why it matters:
-        PPO learns from differences between drawn responses: greedy ones have none, and a temperature of 0 divides logits
-        by 0. A response that is cut has no ending to be scored; with all of them cut, the reward is one constant.
+        PPO learns from differences between drawn responses: greedy ones have none, and a temperature of 0 divides
+        logits by 0. A response that is cut has no ending to be scored; with all of them cut, the reward is one
+        constant.
 
     What it looks like when broken:
         Every response has the maximal length, the penalty for a missing EOS dominates, accuracy rewards stay at 0. SFT
@@ -55,7 +56,8 @@ def never_stops(
     rare = t.stop_chance is not None and t.stop_chance < RARELY
     if s is not None and s.stop_ids and ended == 0 and (rare or drawn):
         reason = (
-            f"after a whole preferred response it stops with a probability of {t.stop_chance:.2g}, so it never learnt to: "
+            f"after a whole preferred response it stops with a probability of {t.stop_chance:.2g}, so it never "
+            "learnt to: "
             "append EOS to the SFT texts and keep its label"
             if rare
             else f"every one was cut at {s.limit} tokens: raise response_length, or check that SFT taught it to stop"
@@ -92,7 +94,8 @@ def _greedy(setup: Any) -> Iterator[Finding]:
     else:
         return
     yield Finding(
-        f"Rollouts are declared to be greedy: {name} is {value}. They should be drawn from the policy: set it to {wanted}.",
+        f"Rollouts are declared to be greedy: {name} is {value}. They should be drawn from the policy: set it to "
+        f"{wanted}.",
         role="loop",
         severity=Severity.ERROR if name == "temperature" else None,
         confidence=Confidence.PROVEN,
@@ -109,7 +112,10 @@ def _evidence(s: Samples, t: TextLoss) -> Iterator[Evidence]:
     )
     if t.stop_chance is not None:
         yield Evidence(
-            "probability of a stop token after a whole preferred response", "tenths", f"{t.stop_chance:.2g}", f"{RARELY:g}"
+            "probability of a stop token after a whole preferred response",
+            "tenths",
+            f"{t.stop_chance:.2g}",
+            f"{RARELY:g}",
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from rlhf_doctor.check import check
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.readings import Output
+from rlhf_doctor.instruments.variation import Variation
 
 
 @check(
@@ -17,12 +18,14 @@ from rlhf_doctor.instruments.readings import Output
     severity=Severity.ERROR,
     after=("SYS002", "PRE004"),
 )
-def value_not_scalar_per_state(value_output: Output) -> Iterator[Finding]:
+def value_not_scalar_per_state(value_output: Output, value_variation: Variation | None = None) -> Iterator[Finding]:
     """
     What it examines:
         The critic is called on three sequences of different lengths, and the shape of what it gives is compared
         with (batch, tokens) or (batch, tokens, 1). A sequence classifier whose head is applied to every token before
-        its forward pools them counts as one scalar per state, since loops read that head directly.
+        its forward pools them counts as one scalar per state, since loops read that head directly; so does a critic
+        that leaves out the last token, after which no action follows. One value that is merely repeated along a
+        sequence, and differs between sequences, is one value per sequence.
 
     Why it matters:
         In token-level PPO every prefix is a state, and the critic estimates the return from each of them. The
@@ -45,9 +48,13 @@ def value_not_scalar_per_state(value_output: Output) -> Iterator[Finding]:
         function initialised from the reward model, one value per token); Huang et al. 2024, "The N+ Implementation
         Details of RLHF with PPO", https://arxiv.org/abs/2403.17031.
     """
-    if value_output.kind == "scalar per token":
-        return
     o = value_output
+    if o.kind == "scalar per token":
+        if value_variation is not None and value_variation.repeated:
+            yield _repeated(value_variation, o)
+        return
+    if o.shape in ((o.batch, o.length - 1), (o.batch, o.length - 1, 1)):
+        return
     meaning = {
         "vocabulary": "logits over the vocabulary at every token: it still has its language-model head",
         "vector per token": f"a vector of {o.shape[-1]} numbers at every token",
@@ -72,6 +79,24 @@ def value_not_scalar_per_state(value_output: Output) -> Iterator[Finding]:
     )
 
 
+def _repeated(v: Variation, o: Output) -> Finding:
+    return Finding(
+        "The critic gives one value for the whole sequence, repeated at every token, so all states of a response "
+        "share one baseline. It should emit one scalar per state: apply its head to the hidden state at every token.",
+        role="value",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                f"values of {len(v.states)} states of one text, and of another text",
+                expected="different along a text",
+                observed=f"all {v.states[0]:.6g}, and all {v.other_states[0]:.6g}",
+                tolerance=f"{v.rounding:.2g}",
+                where=o.where,
+            ),
+        ),
+    )
+
+
 @value_not_scalar_per_state.fault("the critic keeps its language-model head")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import specimens
@@ -91,3 +116,22 @@ def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import specimens
 
     return healthy.but(value=specimens.hand_written_critic(healthy, pool=True))
+
+
+@value_not_scalar_per_state.fault("a Hugging Face critic whose last value is repeated at every token")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import scorers
+
+    def rule(values: Any, ids: Any, mask: Any) -> Any:
+        return values.gather(1, scorers.last_real(mask)[:, None]).expand_as(values)
+
+    return healthy.but(value=scorers.Reader(healthy.value, rule).eval())
+
+
+@value_not_scalar_per_state.fault("a classifier with its default two labels")
+def _(healthy: Any) -> Any:
+    import transformers
+
+    config = healthy.value.config.__class__(**{**healthy.value.config.to_dict(), "id2label": None})
+    config.num_labels = 2
+    return healthy.but(value=transformers.AutoModelForTokenClassification.from_config(config).eval())

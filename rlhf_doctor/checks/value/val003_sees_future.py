@@ -53,9 +53,8 @@ def value_sees_future(value_influence: Influence, value_architecture: Architectu
     )
     looking = sum(any(v > i.floor for v in row[t + 1 :]) for t, row in enumerate(i.tokens))
     yield Finding(
-        f"The critic sees the future: V at position {t} depends on token {s}, which comes later. It was "
-        "measured to be a "
-        f"{value_architecture.kind}. It should be causal, as the policy is: a decoder with a causal mask.",
+        f"The critic sees the future: V at position {t} depends on token {s}, which comes later. It was measured to be "
+        f"a {value_architecture.kind}. It should be causal, as the policy is: a decoder with a causal mask.",
         role="value",
         confidence=Confidence.PROVEN,
         evidence=(

@@ -16,7 +16,7 @@ from rlhf_doctor.instruments.readings import Invariance, Manifest
     "a state's value does not depend on how its batch is padded",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("VAL001", "VAL002", "VAL003", "PRE004"),
+    after=("VAL001", "VAL002", "VAL003", "VAL014", "PRE004"),
 )
 def value_padding_variant(value_invariance: Invariance, value_manifest: Manifest, setup: Any) -> Iterator[Finding]:
     """

@@ -11,6 +11,7 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.on_samples import OnSamples
 from rlhf_doctor.instruments.preferences import PairScores
 from rlhf_doctor.instruments.readings import HeadRange, Output
+from rlhf_doctor.instruments.variation import Variation
 
 
 @check(
@@ -26,6 +27,7 @@ def value_bounded(
     reward_output: Output | None = None,
     reward_on_samples: OnSamples | None = None,
     reward_preferences: PairScores | None = None,
+    value_variation: Variation | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -53,13 +55,15 @@ def value_bounded(
         ±5, in DeepSpeed-Chat.
     """
     r = value_head_range
+    if not r.activations and value_variation is not None and value_variation.still:
+        return  # nothing reaches the output: VAL006's
     scores = observed_scores(reward_output, reward_on_samples, reward_preferences)
     if not holds_back(r, scores, setup.declared):
         return
     seen = f"; the reward's scores go from {min(scores):.3g} to {max(scores):.3g}" if scores else ""
     yield Finding(
-        f"The critic's values stay {described(r)} ({', '.join(r.activations) or 'a bound'} behind the last projection)"
-        f"{seen}. Returns go anywhere: the critic should end in a linear layer.",
+        f"The critic's values stay {described(r)} ({', '.join(r.activations) or 'a bound'} behind the last "
+        f"projection){seen}. Returns go anywhere: the critic should end in a linear layer.",
         role="value",
         confidence=Confidence.PROVEN,
         evidence=(

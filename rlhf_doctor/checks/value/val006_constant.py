@@ -56,13 +56,11 @@ def value_constant(value_variation: Variation, value_influence: Influence | None
     p = v.projection
     zero = p is not None and p.to_one and p.weight_zero and p.input_spread > 0
     yield Finding(
-        "The critic's head is exactly zero, so V is the same for every state. That is a usual start; it "
-        "should move with the "
-        "first update."
+        "The critic's head is exactly zero, so V is the same for every state. That is a usual start; it should move "
+        "with the first update."
         if zero
         else "The critic's value depends on the position only and not on the text. It should depend on the "
-        "state: check "
-        "what reaches the head."
+        "state: check what reaches the head."
         if position
         else f"The critic gives {v.base:.6g} for every state. It should depend on the state: check what "
         "reaches the head.",

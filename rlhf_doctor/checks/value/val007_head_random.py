@@ -10,6 +10,7 @@ from rlhf_doctor.checks.heads import absent_head, new_heads, renamed_head
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.fingerprint import Fingerprint, cosine, likeness
 from rlhf_doctor.instruments.readings import Loading, Manifest
+from rlhf_doctor.instruments.stored_head import StoredHead
 from rlhf_doctor.instruments.variation import Variation
 
 FRESH = ("fresh", "policy", "sft", "base", "random")
@@ -31,6 +32,7 @@ def value_head_random(
     value_fingerprint: Fingerprint | None = None,
     reward_fingerprint: Fingerprint | None = None,
     policy_fingerprint: Fingerprint | None = None,
+    reward_stored_head: StoredHead | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -76,18 +78,19 @@ def value_head_random(
     if problem is not None:
         said = f"value_init is {declared!r}" if declared else "no value_init says that a fresh one is meant"
         yield _finding(
-            f"The critic's checkpoint {problem[0]}, so its head starts random; {said}. It should hold the "
-            "head to start from.",
+            f"The critic's checkpoint {problem[0]}, so its head starts random; {said}. It should hold the head to "
+            "start from.",
             problem[1],
         )
     tied = value_variation.projection.tied_to if value_variation and value_variation.projection else ""
     if tied and m.head("scalar") is None:
         yield _finding(
-            "The critic's output is computed with the token embedding's own weight: it is a language "
-            "model's head in another "
-            "place. It should have a linear layer of one output of its own.",
+            "The critic's output is computed with the token embedding's own weight: it is a language model's head in "
+            "another place. It should have a linear layer of one output of its own.",
             Evidence("memory of the last projection's weight", "its own", f"shared with the embedding {tied!r}"),
         )
+    if reward_stored_head is not None and reward_stored_head.replaced:
+        return  # the reward's own head is new: REW003's
     source = {"reward": reward_fingerprint, "policy": policy_fingerprint}.get(declared)
     if source is not None and value_fingerprint is not None and problem is None:
         yield from _origin(declared, value_fingerprint, source)
@@ -99,9 +102,9 @@ def _origin(declared: str, value: Fingerprint, source: Fingerprint) -> Iterator[
         return  # other shapes: SYS004's
     if body < SAME_BODY:
         yield _finding(
-            f"The critic was not started from the {declared} model, as value_init declares: their matrices "
-            "have nothing in "
-            f"common. It should hold the {declared} model's weights, or value_init should say what is meant.",
+            f"The critic was not started from the {declared} model, as value_init declares: their matrices have "
+            f"nothing in common. It should hold the {declared} model's weights, or value_init should say what is "
+            "meant.",
             Evidence(
                 f"median cosine between the critic's and the {declared} model's matrices",
                 expected="1",
@@ -110,14 +113,13 @@ def _origin(declared: str, value: Fingerprint, source: Fingerprint) -> Iterator[
             ),
         )
         return
-    if declared != "reward" or not source.head or len(source.head) != len(value.head):
+    if declared != "reward" or not any(source.head) or len(source.head) != len(value.head):
         return
     head = cosine(value.head, source.head)
     if head < SAME_HEAD and any(value.head):
         yield _finding(
-            "The critic has the reward model's body and another head, although value_init declares the "
-            "reward: the head was "
-            "made anew. It should be the reward model's, so that V starts as the expected score.",
+            "The critic has the reward model's body and another head, although value_init declares the reward: the "
+            "head was made anew. It should be the reward model's, so that V starts as the expected score.",
             Evidence(
                 f"cosine between {value.head_name} and the reward's {source.head_name}",
                 expected="1",

@@ -77,9 +77,8 @@ def value_scale(
         return
     yield Finding(
         f"The critic's first values have a root mean square of {size:.3g}, the reward's scores one of "
-        f"{_root_mean_square(scores):.3g}. Values should start on the scale of the returns: copy the "
-        "reward's head as it is "
-        "scaled now, or start a small one.",
+        f"{_root_mean_square(scores):.3g}. Values should start on the scale of the returns: copy the reward's head as "
+        "it is scaled now, or start a small one.",
         role="value",
         confidence=Confidence.MEASURED,
         evidence=(
