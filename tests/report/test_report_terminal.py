@@ -77,3 +77,9 @@ def test_brackets_are_no_markup() -> None:
     found = records.finding("VAL002", "x", "value", "The shape [bold]is[/bold] [3, 16]. [/nonsense]")
     made = records.record(findings=[found], diagnosis=[records.diagnosed(found)])
     assert "The shape [bold]is[/bold] [3, 16]. [/nonsense]" in terminal.render(made)
+
+
+def test_the_steps_of_a_code_are_told_once() -> None:
+    said = terminal.render(records.foreign())
+    assert said.count("Start the reward model from the SFT checkpoint") == 1
+    assert "fix as under 1." in said
