@@ -143,7 +143,7 @@ def squashed(squash: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         (torch.sigmoid, True),
         (lambda x: torch.tanh(x), True),
         (lambda x: x.relu(), True),
-        (lambda x: x.clamp(-1e-3, 1e-3), True),
+        (lambda x: x.clamp(-0.3, 0.3), True),
     ],
     ids=["wide clamp", "affine", "wide tanh", "sigmoid", "tanh", "relu", "narrow clamp"],
 )

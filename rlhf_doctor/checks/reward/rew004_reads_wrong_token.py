@@ -68,8 +68,7 @@ def reward_reads_wrong_token(
         + (
             ". Read it at the last position whose attention mask is 1."
             if grave
-            else f": right for the rows of this setup, which are padded on the {side}, and "
-            "wrong for others."
+            else f": right for the rows of this setup, which are padded on the {side}, and wrong for others."
         ),
         role="reward",
         confidence=Confidence.PROVEN,
