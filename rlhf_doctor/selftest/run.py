@@ -128,11 +128,14 @@ class Planned:
 
 def healthy_trials(shared: Patients, codes: Sequence[str] = ()) -> list[Planned]:
     """The healthy setups in memory and as files, which every check must pass over in silence."""
-    setups = {
-        "healthy, in memory": shared.healthy,
-        "healthy, as files": shared.healthy_files.but(tokenizer=None),  # as on the command line: each folder has its own
-    }
-    return [Planned(title, partial(try_healthy, title, setup, codes)) for title, setup in setups.items()]
+    return [
+        Planned("healthy, in memory", lambda: try_healthy("healthy, in memory", shared.healthy, codes)),
+        # Without a tokenizer, as on the command line: each folder has its own. Copied when it is run, deleted after.
+        Planned(
+            "healthy, as files",
+            lambda: try_healthy("healthy, as files", shared.healthy_files.but(tokenizer=None), codes),
+        ),
+    ]
 
 
 def fault_trials(shared: Patients, checks: Sequence[Check]) -> list[Planned]:
