@@ -9,39 +9,12 @@ __all__ = ["ENCODERS", "shape_fault"]
 
 # Families whose attention is bidirectional by design. A decoder that lost its causal mask measures the same, so the
 # name decides between the two.
-ENCODERS = frozenset(
-    [
-        "bert",
-        "roberta",
-        "distilbert",
-        "albert",
-        "electra",
-        "deberta",
-        "deberta-v2",
-        "xlm-roberta",
-        "xlm-roberta-xl",
-        "camembert",
-        "mpnet",
-        "modernbert",
-        "nomic_bert",
-        "ernie",
-        "convbert",
-        "mobilebert",
-        "squeezebert",
-        "layoutlm",
-        "longformer",
-        "big_bird",
-        "funnel",
-        "nystromformer",
-        "roformer",
-        "rembert",
-        "eurobert",
-        "neobert",
-        "flaubert",
-        "roc_bert",
-        "megatron-bert",
-    ]
-)
+ENCODERS = frozenset({
+    "bert", "roberta", "distilbert", "albert", "electra", "deberta", "deberta-v2", "xlm-roberta",
+    "xlm-roberta-xl", "camembert", "mpnet", "modernbert", "nomic_bert", "ernie", "convbert", "mobilebert",
+    "squeezebert", "layoutlm", "longformer", "big_bird", "funnel", "nystromformer", "roformer", "rembert",
+    "eurobert", "neobert", "flaubert", "roc_bert", "megatron-bert",
+})  # fmt: skip
 
 
 def shape_fault(

@@ -92,7 +92,8 @@ def lost_updates(role: Role, models: Models, setup: Any) -> LostUpdates:
 
 
 def _dtype(tensor: Any) -> str:
-    return str(tensor.dtype).replace("torch.", "")
+    name = str(tensor.dtype)
+    return name.removeprefix("torch.")
 
 
 def _vanishing(parameter: torch.Tensor, lr: float) -> float:
@@ -110,7 +111,7 @@ def _vanishing(parameter: torch.Tensor, lr: float) -> float:
 def _keeper(optimizer: Any, group: Mapping[str, Any], held: list[Any]) -> str:
     """What in an optimizer keeps the bits that a half-precision weight cannot, empty where nothing does."""
     kind = type(optimizer)
-    names = [c.__name__ for c in kind.__mro__] + [kind.__module__]
+    names: list[str] = [*(c.__name__ for c in kind.__mro__), kind.__module__]
     for name in (*names, *(k for k, v in vars(optimizer).items() if v is not None and v is not False)):
         if any(word in name.lower() for word in KEEPERS):
             return name

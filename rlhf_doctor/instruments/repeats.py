@@ -45,11 +45,9 @@ def repeat_fault(
     active = parameters.active_dropout if parameters is not None else ()
     if stubborn.moved:
         return Finding(
-            f"The {role} is random even in eval mode: two identical calls differ by {stubborn.shift.largest:.2g} "
-            "nats a "
-            "token. They should agree to the last bit: some dropout or noise in it does not listen to eval(); tie "
-            "it to "
-            "self.training, or set its rate to 0.",
+            f"The {role} is random even in eval mode: two identical calls differ by {stubborn.shift.largest:.2g} nats "
+            "a token. They should agree to the last bit: some dropout or noise in it does not listen to eval(); tie "
+            "it to self.training, or set its rate to 0.",
             role=role,
             confidence=Confidence.PROVEN,
             evidence=(_evidence(role, stubborn, ()),),
@@ -58,8 +56,7 @@ def repeat_fault(
         modules = f" ({', '.join(active[:3])}{' …' if len(active) > 3 else ''})" if active else ""
         said = (
             f"The {role} was handed over in {given.mode} mode with dropout active{modules}, so two identical calls "
-            "differ "
-            f"by {given.shift.largest:.2g} nats a token. "
+            f"differ by {given.shift.largest:.2g} nats a token. "
         )
         if has_step:
             said += "Whether the loop calls eval() before it takes log-probabilities is not known from here; it should."
@@ -78,8 +75,8 @@ def repeat_fault(
     where = ", ".join(active[:3]) if active else ", ".join(f"{name} = {rate:g}" for name, rate in rates.items())
     return Finding(
         f"The {role} has dropout ({where}) that does nothing now and would as soon as it trains in train mode. In "
-        "RLHF it "
-        "is switched off: set the rates to 0, or keep the model in eval mode, which costs nothing but the dropout.",
+        "RLHF it is switched off: set the rates to 0, or keep the model in eval mode, which costs nothing but the "
+        "dropout.",
         role=role,
         severity=Severity.INFO,
         confidence=Confidence.MEASURED,

@@ -66,7 +66,7 @@ def test_one_module_is_judged_once(llama: RLHFSetup) -> None:
 
 def test_a_critic_s_head_frozen_beside_its_adapter(llama: RLHFSetup) -> None:
     for saved, expected in ((None, [("error", "value")]), (["score"], [])):
-        options = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": saved}
+        options: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"], "modules_to_save": saved}
         critic = policies.adapted(zoo.decoder("llama", "token", seed=1), **options)
         assert said(llama.but(value=critic), "OPT001") == expected
 

@@ -53,8 +53,7 @@ def kl_coefficient(setup: Any) -> Iterator[Finding]:
     if coefficient < 0:
         yield Finding(
             f"The KL coefficient is {coefficient:g}: divergence from the reference is rewarded. It should be "
-            "positive: turn "
-            "its sign.",
+            "positive: turn its sign.",
             role="setup",
             severity=Severity.ERROR,
             confidence=Confidence.PROVEN,
@@ -68,7 +67,7 @@ def kl_coefficient(setup: Any) -> Iterator[Finding]:
             + (
                 f"{adaptive} In PPO it should be positive: set it, or leave the reference out."
                 if expected
-                else " That is a common choice without a reference or in critic-free algorithms, and no KL is logged then."
+                else " That is common without a reference or in critic-free algorithms, and no KL is logged then."
             ),
             role="setup",
             severity=None if expected else Severity.INFO,
@@ -77,9 +76,8 @@ def kl_coefficient(setup: Any) -> Iterator[Finding]:
         )
     elif nowhere:
         yield Finding(
-            f"The KL coefficient is {coefficient:g} and kl_in is {place!r}: the penalty acts nowhere. It should be "
-            "in the "
-            "reward or in the loss: switch one of them on.",
+            f"The KL coefficient is {coefficient:g} and kl_in is {place!r}: the penalty acts nowhere. It should be in "
+            "the reward or in the loss: switch one of them on.",
             role="setup",
             confidence=Confidence.PROVEN,
             evidence=(evidence, Evidence("declared kl_in", " or ".join(PLACES), repr(place), where="declared")),

@@ -120,8 +120,7 @@ def _loose(
         said += "; one holds a copy of them, of the same shapes, that is no model of this setup"
     return Finding(
         f"The {NAMES[role]} will not learn{'' if none else ' in full'}: {said}. Build the optimizer from the very "
-        "model that the "
-        "loop calls, after the last time it was wrapped or copied.",
+        "model that the loop calls, after the last time it was wrapped or copied.",
         role=role,
         severity=None if grave else Severity.WARNING,
         confidence=Confidence.PROVEN,
@@ -131,7 +130,7 @@ def _loose(
                 expected="0",
                 observed=f"{len(missing)} of {len(should)}",
                 where=_few(missing),
-                reproduce=f"set(map(id, {role}.parameters())) - {{id(p) for g in optimizer.param_groups for p in g['params']}}",
+                reproduce=f"set(map(id, {role}.parameters())) - {{id(p) for g in o.param_groups for p in g['params']}}",
             ),
         ),
     )
@@ -147,7 +146,7 @@ def _head(manifest: Manifest | None) -> str:
 
 
 def _part(name: str) -> str:
-    """The module's own name in a parameter's: ``score`` of ``base_model.model.score.modules_to_save.default.weight``."""
+    """The module's own name in a parameter's: ``score`` of ``model.score.modules_to_save.default.weight``."""
     parts = [
         part for part in name.split(".") if part not in ("weight", "modules_to_save", "default", "original_module")
     ]

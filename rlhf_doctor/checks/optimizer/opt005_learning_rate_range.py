@@ -73,7 +73,7 @@ def _rate(rate: Rate) -> Iterator[Finding]:
         yield _finding(rate, "learning rate", "above 0", f"{rate.lr:g}", f"is {rate.lr:g}, so nothing is learnt",
                        "Set it to a positive number.")  # fmt: skip
     elif peak < LOWEST:
-        yield _finding(rate, "learning rate", f"above {LOWEST:g}", f"{peak:g}", f"is {peak:g}, far below any that was seen to work",
+        yield _finding(rate, "learning rate", f"above {LOWEST:g}", f"{peak:g}", f"is {peak:g}, below any known to work",
                        "Start at 1e-6.")  # fmt: skip
     elif rate.adam and peak > highest:
         size = f"{rate.parameters:,} parameters" if rate.parameters else "a model of unknown size"
@@ -102,14 +102,14 @@ def _adam(rate: Rate) -> Iterator[Finding]:
                        "Set eps=1e-5 or 1e-8.")  # fmt: skip
     if len(rate.betas) >= 2 and not (0 <= rate.betas[0] <= 0.99 and 0.8 <= rate.betas[1] < 1):
         yield _finding(rate, "Adam's betas", "0 to 0.99, and 0.8 to below 1", str(rate.betas),
-                       f"comes with betas of {rate.betas}, outside what is used anywhere", "Use (0.9, 0.95) or (0.9, 0.999).")  # fmt: skip
+                       f"comes with betas of {rate.betas}, used nowhere", "Use (0.9, 0.95).")  # fmt: skip
 
 
 def _together(rates: Sequence[Rate]) -> Iterator[Finding]:
     by_role = {role: {r.lr for r in rates if r.role == role and r.lr > 0} for role in ("policy", "value")}
     if len(by_role["policy"]) == 1 and by_role["policy"] == by_role["value"]:
         one = next(r for r in rates if r.role == "value")
-        yield _finding(one, "learning rates of policy and critic", "often the critic's is the higher", f"both {one.lr:g}",
+        yield _finding(one, "learning rates of policy and critic", "often the critic's is higher", f"both {one.lr:g}",
                        "is the policy's too; many recipes give the critic up to ten times of it, or let it warm "
                        "up first",
                        "This is fine where the value loss falls.", Severity.INFO)  # fmt: skip

@@ -53,16 +53,15 @@ def policy_sees_future(
         raise Unavailable("the policy shows no influence per position")
     if policy_influence.causal:
         return
-    if policy_invariance is not None and "neighbours" in policy_invariance.shifts:
-        if policy_invariance.shifts["neighbours"].moved:
-            raise Unavailable("rows of a batch reach each other, so their influences cannot be told apart (POL004)")
+    beside = policy_invariance.shifts.get("neighbours") if policy_invariance is not None else None
+    if beside is not None and beside.moved:
+        raise Unavailable("rows of a batch reach each other, so their influences cannot be told apart (POL004)")
     entries = [(v, t, s) for t, row in enumerate(policy_influence.tokens) for s, v in enumerate(row) if s > t]
     largest, t, s = max(entries)
     seeing = [entry for entry in entries if entry[0] > policy_influence.floor]
     yield Finding(
-        f"The policy sees the future: its logits after token {t} depend on token {s}. They should depend on tokens "
-        "0 to "
-        "t alone: apply a causal mask in every attention layer.",
+        f"The policy sees the future: its logits after token {t} depend on token {s}. They should depend on tokens 0 "
+        "to t alone: apply a causal mask in every attention layer.",
         role="policy",
         confidence=Confidence.PROVEN,
         evidence=(

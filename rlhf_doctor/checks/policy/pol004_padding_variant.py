@@ -14,7 +14,7 @@ CHANGES = ("left padding", "right padding", "neighbours")
 CAUSES = {
     "left padding": "Pads on the left are attended to or counted as positions: mask them in the attention and derive "
     "positions from the mask, (mask.cumsum(-1) - 1).clamp(min=0).",
-    "right padding": "Pads on the right reach real tokens: apply a causal mask and the padding mask, and normalise each "
+    "right padding": "Pads on the right reach real tokens: apply a causal and a padding mask, and normalise each "
     "position by itself.",
     "neighbours": "Rows of a batch reach each other: normalise within a row, and call the model in eval mode.",
 }
@@ -60,9 +60,9 @@ def policy_padding_variant(
         log-probabilities between batch shapes, bfloat16 by some 1e-2; a wrong mask or position moves them by tenths.
     """
     measured: dict[Role, Invariance] = {"policy": policy_invariance}
-    if reference_invariance and reference_architecture and reference_architecture.is_decoder:
-        if not random_in_eval(reference_invariance):
-            measured["reference"] = reference_invariance
+    decoder = reference_architecture is not None and reference_architecture.is_decoder
+    if reference_invariance is not None and decoder and not random_in_eval(reference_invariance):
+        measured["reference"] = reference_invariance
     for role, one in measured.items():
         shifts = one.shifts
         moved = {name: shifts[name] for name in CHANGES if name in shifts and shifts[name].moved}

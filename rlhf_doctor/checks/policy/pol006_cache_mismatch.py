@@ -50,8 +50,8 @@ def policy_cache_mismatch(policy_invariance: Invariance) -> Iterator[Finding]:
         return
     yield Finding(
         "The policy decoded with its cache gives other log-probabilities than in one pass, by up to "
-        f"{shift.largest:.2g} "
-        "nats a token. They should be the same: count positions from the cache's length on, and keep every cached key.",
+        f"{shift.largest:.2g} nats a token. They should be the same: count positions from the cache's length on, and "
+        "keep every cached key.",
         role="policy",
         confidence=Confidence.PROVEN,
         evidence=(

@@ -52,9 +52,8 @@ def policy_not_from_sft(setup: Any, policy_text_loss: TextLoss) -> Iterator[Find
     what = "preferred responses" if t.source == "preferences" else "prompts"
     yield Finding(
         f"The policy is declared to come from SFT, and predicts the {what} no better than a uniform guess: "
-        f"{t.nll:.2f} nats a token, where knowing nothing gives {t.uniform:.2f}. Check that its weights were "
-        "loaded and "
-        "that the tokenizer is the one of SFT.",
+        f"{t.nll:.2f} nats a token, where knowing nothing gives {t.uniform:.2f}. Check that its weights were loaded "
+        "and that the tokenizer is the one of SFT.",
         role="policy",
         severity=None if t.source == "preferences" else Severity.INFO,
         confidence=Confidence.MEASURED,

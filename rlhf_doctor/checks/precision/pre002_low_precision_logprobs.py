@@ -60,10 +60,9 @@ def low_precision_logprobs(
             continue
         what = "log-softmax" if one.normalised else "vocabulary head"
         yield Finding(
-            f"The {role}'s {what} runs in {one.output if one.normalised else one.head}, and its log-probabilities "
-            "are off by "
-            f"{one.mean:.2g} nats a token. They should be good to {limit:g}: compute the head and the log-softmax "
-            "in float32.",
+            f"The {role}'s {what} runs in {one.output if one.normalised else one.head}, and its log-probabilities are "
+            f"off by {one.mean:.2g} nats a token. They should be good to {limit:g}: compute the head and the "
+            "log-softmax in float32.",
             role=role,
             confidence=Confidence.MEASURED,
             evidence=(

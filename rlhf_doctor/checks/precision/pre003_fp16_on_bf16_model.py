@@ -63,9 +63,8 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
         return
     roles = ", ".join(hit)
     yield Finding(
-        f"Models that were saved in bfloat16 are run in float16: {roles}. Their activations may pass float16's "
-        "65504 and turn "
-        "into NaN: run them in bfloat16 or float32.",
+        f"Models that were saved in bfloat16 are run in float16: {roles}. Their activations may pass float16's 65504 "
+        "and turn into NaN: run them in bfloat16 or float32.",
         role=next(iter(hit)) if len(hit) == 1 else "setup",
         confidence=Confidence.MEASURED,
         evidence=tuple(

@@ -65,7 +65,7 @@ def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = ""
             "The adapter already holds something, such as SFT: merge it first, or keep a frozen copy as the reference."
         )
     else:
-        said += "Make the reference from the checkpoint that the policy starts from, or declare reference=PATH if it is meant."
+        said += "Make the reference from the checkpoint that the policy starts from, or declare reference=PATH."
     yield Finding(
         said,
         role="reference",

@@ -64,8 +64,7 @@ def sampler_not_policy(setup: Any, policy_manifest: Manifest | None = None) -> I
     if declared:
         yield Finding(
             f"Responses are declared to be sampled with {_said(declared)}. Log-probabilities come from the whole "
-            "softmax, "
-            "so the sampler is not the policy that is scored: sample with top_k=0, top_p=1 and no penalties.",
+            "softmax, so the sampler is not the policy that is scored: sample with top_k=0, top_p=1 and no penalties.",
             role="loop",
             severity=softer,
             confidence=Confidence.MEASURED,
@@ -75,10 +74,8 @@ def sampler_not_policy(setup: Any, policy_manifest: Manifest | None = None) -> I
         where = f"{policy_manifest.path}/generation_config.json" if policy_manifest.path else "policy.generation_config"
         yield Finding(
             f"The policy brings sampling settings along, {_said(shipped)}, and nothing declared replaces them. "
-            "Whatever the "
-            "loop leaves open is filled from there, so it samples from another distribution than it scores: pass "
-            "neutral "
-            "values explicitly, or remove them from the generation config.",
+            "Whatever the loop leaves open is filled from there, so it samples from another distribution than it "
+            "scores: pass neutral values explicitly, or remove them from the generation config.",
             role="policy",
             severity=softer,
             confidence=Confidence.MEASURED,

@@ -56,9 +56,8 @@ def never_stops(
     rare = t.stop_chance is not None and t.stop_chance < RARELY
     if s is not None and s.stop_ids and ended == 0 and (rare or drawn):
         reason = (
-            f"after a whole preferred response it stops with a probability of {t.stop_chance:.2g}, so it never "
-            "learnt to: "
-            "append EOS to the SFT texts and keep its label"
+            f"after a whole preferred response it stops with a probability of {t.stop_chance:.2g}, so it never learnt "
+            "to: append EOS to the SFT texts and keep its label"
             if rare
             else f"every one was cut at {s.limit} tokens: raise response_length, or check that SFT taught it to stop"
         )
@@ -77,10 +76,14 @@ def never_stops(
             role="loop",
             confidence=Confidence.MEASURED,
             evidence=(
-                Evidence("tokens of a preferred response", f"{limit} or fewer", f"{sorted(t.lengths)[len(t.lengths) // 2]}",
-                         where="the median; preferences"),
+                Evidence(
+                    "tokens of a preferred response",
+                    expected=f"{limit} or fewer",
+                    observed=str(sorted(t.lengths)[len(t.lengths) // 2]),
+                    where="the median; preferences",
+                ),
             ),
-        )  # fmt: skip
+        )
 
 
 def _greedy(setup: Any) -> Iterator[Finding]:
