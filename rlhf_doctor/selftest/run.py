@@ -14,7 +14,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rlhf_doctor.check import Check, Fault, registry
 from rlhf_doctor.examine import Examination, Options, examine
