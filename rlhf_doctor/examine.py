@@ -139,6 +139,14 @@ class Facts:
             raise
         return self.values[name]
 
+    def clear_frames(self) -> None:
+        """Let go of what the frames of failed measurements hold: their locals would keep whole models in memory."""
+        for failure in self.failures.values():
+            chain: BaseException | None = failure
+            while chain is not None:
+                traceback.clear_frames(chain.__traceback__)
+                chain = chain.__cause__ or chain.__context__
+
     def _measure(self, name: str) -> Any:
         role, base = split_role(name)
         known = self.known.get(base)
@@ -249,6 +257,7 @@ def _run(
             _try(measured, f"{role}_{base}")
         _note_unreadable_files(role, measured)
         _note_nothing_finite(role, measured)
+        measured.clear_frames()
         release(role)
     outcomes: dict[str, Outcome] = {}
     for code, one in chosen.items():

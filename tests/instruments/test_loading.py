@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import socket
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from zoo import DECODERS, decoder
 
-from rlhf_doctor.examine import Options
+from rlhf_doctor.examine import Options, examine
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.instruments.loading import NOTE, load_model
+from rlhf_doctor.instruments.models import Models
 from rlhf_doctor.instruments.readings import Loading
 from rlhf_doctor.setups import RLHFSetup
 
@@ -306,3 +308,25 @@ def test_loading_says_nothing_and_leaves_the_settings(tmp_path: Path, capfd: pyt
     load("reward", path)
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled(), list(warnings.filters)) == before
+
+
+def test_models_are_let_go_of_one_by_one_even_where_a_measurement_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: dict[str, Any] = {}
+    release = Models.release
+
+    def released(self: Models, role: Any) -> None:
+        found = self.live.get(role)
+        if found is not None:
+            alive[role] = weakref.ref(next(found.module.parameters()))
+        del found
+        release(self, role)
+        assert [r for r, parameter in alive.items() if parameter() is not None] == []
+
+    monkeypatch.setattr(Models, "release", released)
+    path = made.with_tokenizer(made.save(decoder("llama"), tmp_path / "c"))
+    made.save(decoder("llama"), tmp_path / "critic")  # a language model has no scalar head: many facts fail
+    found = examine(RLHFSetup(policy=path, reference=path, value=tmp_path / "critic"))
+    assert list(alive) == ["policy", "reference", "value"]
+    assert found.errors == ()
