@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 from rlhf_doctor.check import check
@@ -65,8 +66,8 @@ def reward_not_deterministic(
     if reward_invariance is None:
         return
     shift = reward_invariance.shifts.get("repeat")
-    if shift is None or not shift.moved:
-        return
+    if shift is None or not shift.moved or not isfinite(shift.largest):
+        return  # what is not finite is no draw of chance
     active = reward_parameters.active_dropout if reward_parameters else ()
     cause = f"{len(active)} dropout layers are active" if active else "something in its forward pass is random"
     deaf = reward_invariance.shifts.get("repeat in eval mode", shift).moved

@@ -94,7 +94,7 @@ def reward_scale(
             severity=Severity.INFO if adapts else None,
             evidence=(evidence,),
         )
-    elif abs(s.mean) > max(3 * s.std, 3.0):
+    elif abs(s.mean) > max(3 * s.std, 3.0) and not function:
         yield Finding(
             f"The mean score is {s.mean:.3g}, far from 0. That is normal: the pairwise loss leaves the offset free. "
             "Subtract it before PPO, so that the critic need not learn it and no clip cuts it.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isfinite
 from typing import Any
 
 from rlhf_doctor.check import check
@@ -42,8 +43,8 @@ def value_dropout_active(value_invariance: Invariance, value_parameters: Paramet
         Implementation Details of RLHF with PPO", https://arxiv.org/abs/2403.17031 (dropout is off in every model).
     """
     shift = value_invariance.shifts.get("repeat")
-    if shift is None or not shift.moved:
-        return
+    if shift is None or not shift.moved or not isfinite(shift.largest):
+        return  # what is not finite is no draw of chance
     active = value_parameters.active_dropout if value_parameters else ()
     cause = f"{len(active)} dropout layers are active" if active else "something in its forward pass is random"
     yield Finding(
