@@ -114,7 +114,7 @@ def _keeper(optimizer: Any, group: Mapping[str, Any], held: list[Any]) -> str:
     names: list[str] = [*(c.__name__ for c in kind.__mro__), kind.__module__]
     for name in (*names, *(k for k, v in vars(optimizer).items() if v is not None and v is not False)):
         if any(word in name.lower() for word in KEEPERS):
-            return name
+            return str(name)
     for name, value in group.items():
         if value and name != "params" and any(word in str(name).lower() for word in KEEPERS):
             return f"param_groups' {name}"
