@@ -72,5 +72,6 @@ def test_summary_counts_and_names_what_failed() -> None:
 def test_command_runs_the_selected_checks_alone(doctor: Any) -> None:
     ran = doctor("selftest", "--select", "VAL002")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "VAL002  3/3 faults found" in ran.stdout
+    count = len(registry()["VAL002"].faults)
+    assert f"VAL002  {count}/{count} faults found" in ran.stdout
     assert "KLD001" not in ran.stdout

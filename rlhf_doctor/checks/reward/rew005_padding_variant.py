@@ -8,7 +8,7 @@ from typing import Any
 from rlhf_doctor.check import check
 from rlhf_doctor.checks.padding import grave_shifts, moved_shifts, shift_evidence, side_of
 from rlhf_doctor.finding import Confidence, Finding, Severity, Stage
-from rlhf_doctor.instruments.readings import Invariance, Manifest, Reading
+from rlhf_doctor.instruments.readings import Invariance, Manifest, Output, Reading
 
 
 @check(
@@ -19,7 +19,11 @@ from rlhf_doctor.instruments.readings import Invariance, Manifest, Reading
     after=("REW001", "REW002", "REW004", "REW007", "PRE004"),
 )
 def reward_padding_variant(
-    reward_invariance: Invariance, reward_manifest: Manifest, setup: Any, reward_reading: Reading | None = None
+    reward_invariance: Invariance,
+    reward_manifest: Manifest,
+    setup: Any,
+    reward_reading: Reading | None = None,
+    reward_output: Output | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -49,6 +53,8 @@ def reward_padding_variant(
         https://github.com/OpenRLHF/OpenRLHF/issues/587 (packing). Tolerance: rounding in float32 moves a score by
         about 1e-6 of the spread between texts, in bfloat16 by some 1e-2; a wrong mask or position by tenths.
     """
+    if reward_output is not None and not reward_output.finite:
+        return  # REW011's
     moved = moved_shifts(reward_invariance)
     if reward_reading is not None:
         for name in ("right padding", "left padding"):
