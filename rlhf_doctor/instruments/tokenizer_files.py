@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
+from array import array
 from collections.abc import Mapping
 from dataclasses import replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,12 @@ def fingerprint(vocabulary: Mapping[str, int]) -> str:
     """A short hash of a token -> id map, "" of an empty one."""
     if not vocabulary:
         return ""
-    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
+    rows = sorted(vocabulary.items(), key=itemgetter(1))
+    if len(set(vocabulary.values())) < len(rows):  # two tokens of one id, in either order
+        rows.sort(key=itemgetter(1, 0))
+    text = "\0".join([token for token, _ in rows])
+    ids = array("q", [i for _, i in rows])
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass") + b"\0\0" + ids.tobytes()).hexdigest()[:16]
 
 
 def token_ids(folder: Path) -> dict[str, int]:
