@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf_doctor.facts import Broken, Unavailable, role_fact
 from rlhf_doctor.finding import Role, Stage
+from rlhf_doctor.instruments.files import NESTED
 from rlhf_doctor.instruments.readings import Head, Manifest, TensorInfo, TokenizerInfo
 from rlhf_doctor.instruments.tokenizer_files import added_around, fingerprint
 
@@ -84,10 +85,7 @@ def describe(
 
     ``embedding_rows`` is for a live module, whose look-up tables are known by more than their names.
     """
-    nested = next(
-        (raw_config[k] for k in ("text_config", "llm_config", "language_config") if isinstance(raw_config.get(k), dict)),
-        {},
-    )
+    nested: dict[str, Any] = next((raw_config[k] for k in NESTED if isinstance(raw_config.get(k), dict)), {})
     config = {**raw_config, **nested}
     heads = heads_of(tensors)
     rows = [

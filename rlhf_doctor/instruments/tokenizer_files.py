@@ -31,10 +31,7 @@ KINDS: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(("pad_token", "bos_token", "eos_token", "unk_token"), TEXT_OR_TOKEN),
 }
 JSON_KINDS: Mapping[str, tuple[type, ...]] = {"added_tokens": (list,), "model": (dict,)}
-# A BPE model's merges: most of the file, and nothing here asks for them. In a JSON string its quotes would be escaped.
-MERGES = re.compile(
-    rb'"merges"\s*:\s*\[(?:[\s,]++|"(?:[^"\\]++|\\.)*+"|\[(?:[\s,]++|"(?:[^"\\]++|\\.)*+")*+\])*+\]', re.DOTALL
-)
+MERGES = re.compile(rb'"merges"\s*:\s*\[')
 _KNOWN: dict[bytes, TokenizerInfo] = {}  # by a hash of the files: the four models of a setup mostly share one
 # Classes whose padding side is not "right" unless their files say so.
 PADS_LEFT = ("Llama", "CodeLlama", "Gemma", "Cohere", "XLNet", "Bloom")
@@ -81,7 +78,7 @@ def _digest(folder: Path) -> bytes | None:
             if not path.is_file() or path.stat().st_size > TOKENIZER_LIMIT:
                 return None
             with path.open("rb") as file:
-                seen.update(f"{name} {hashlib.file_digest(file, 'blake2b').hexdigest()}".encode())
+                seen.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
         except OSError:
             return None
     return seen.digest()
@@ -159,9 +156,18 @@ def token_ids(folder: Path) -> dict[str, int]:
 
 
 def _whole(folder: Path, problems: list[str]) -> dict[str, Any]:
-    return read_object(
-        folder / "tokenizer.json", JSON_KINDS, problems, TOKENIZER_LIMIT, lambda raw: MERGES.sub(b'"merges":[]', raw, 1)
-    )
+    return read_object(folder / "tokenizer.json", JSON_KINDS, problems, TOKENIZER_LIMIT, _without_merges)
+
+
+def _without_merges(raw: bytes) -> bytes:
+    """The text of tokenizer.json without a BPE model's merges, where they come last in it, as they are written.
+
+    They are most of the file, and nothing here asks for them. (Within a JSON string the key's quotes are escaped.)
+    """
+    start, end = raw.rfind(b'"merges"'), raw.rfind(b"]")
+    if start < 0 or not MERGES.match(raw, start) or raw[end + 1 :].split() not in ([b"}", b"}"], [b"}}"]):
+        return raw
+    return raw[:start] + b'"merges":[]' + raw[end + 1 :]
 
 
 def _vocabulary(folder: Path, whole: Mapping[str, Any]) -> dict[str, int]:
