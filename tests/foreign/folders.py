@@ -118,10 +118,12 @@ def lora_policy_over_its_base(folder: Path) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
 
     made = healthy(folder)
-    adapted = get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(made["policy"]),
-        LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    )
+    with warnings.catch_warnings():  # of what the library itself is about to rename
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(
+            transformers.AutoModelForCausalLM.from_pretrained(made["policy"]),
+            LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        )
     return made | {"policy": saved(adapted, folder / "lora"), "reference": "adapter-off"}
 
 
