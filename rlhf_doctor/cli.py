@@ -27,7 +27,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Commands(click.Group):
     """Commands; a mistyped one gets the nearest real one suggested."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command of the first argument."""
         name = str(args[0])
         if self.get_command(ctx, name) is None and not name.startswith("-"):

@@ -20,8 +20,21 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "REW004": ("TOK001", "REW005", "REW006", "REW009", "TOK005", "REW012", "REW013"),
         "REW005": ("REW009", "REW012", "REW013"),
         "REW006": ("REW009", "REW010", "REW012", "REW013"),
-        "SYS002": ("REW002", "REW003", "REW006", "REW009", "VAL002", "VAL006", "VAL007", "POL002", "REF002", "SYS004", "SYS007",
-                   "REW008", "OPT001"),
+        "SYS002": (
+            "REW002",
+            "REW003",
+            "REW006",
+            "REW009",
+            "VAL002",
+            "VAL006",
+            "VAL007",
+            "POL002",
+            "REF002",
+            "SYS004",
+            "SYS007",
+            "REW008",
+            "OPT001",
+        ),
         "SYS011": ("REW003", "OPT001", "SYS007", "REF002"),
         "REW003": ("SYS007", "REW007", "REW009", "REW010", "REW012", "REW013"),
         "VAL007": ("SYS007", "VAL015"),
@@ -96,7 +109,9 @@ def diagnose(found: Sequence[tuple[str, Finding]], severities: Sequence[Severity
     cause: dict[int, int] = {}
     grave = [i for i, s in enumerate(severities) if s is not Severity.INFO]
     for i in grave:
-        roots = [j for j in grave if j != i and _explains(found[j], found[i]) and severities[j].rank <= severities[i].rank]
+        roots = [
+            j for j in grave if j != i and _explains(found[j], found[i]) and severities[j].rank <= severities[i].rank
+        ]
         if roots:
             cause[i] = min(roots, key=lambda j: _rank(found[j], severities[j]))
     for i in list(cause):  # a loop of mutual explanation keeps its gravest member as the root

@@ -83,9 +83,7 @@ def examined(job: Job, phase: Callable[[str], None], measuring: Callable[[str], 
     phase("loading")
     try:
         _check_device(job)
-        setup = load_setup(
-            *job.targets, **job.folders, declared=job.declared, trust_remote_code=job.trust_remote_code
-        )
+        setup = load_setup(*job.targets, **job.folders, declared=job.declared, trust_remote_code=job.trust_remote_code)
     except UnreadableTarget as error:
         return unreadable("setup", str(error), origin=job.name, **provenance)
     phase("examining")

@@ -24,7 +24,9 @@ SAMPLE = MATRIX[::11]
 def grave(setup: RLHFSetup) -> list[str]:
     """What a person would be shown as wrong."""
     made = record(examine(setup))
-    said = [f"{f['code']} {f['role']} {f['severity']}: {f['message']}" for f in made["findings"] if f["severity"] != "info"]
+    said = [
+        f"{f['code']} {f['role']} {f['severity']}: {f['message']}" for f in made["findings"] if f["severity"] != "info"
+    ]
     return said + [f"error: {e['message']}" for e in made["errors"]] + [c["traceback"] for c in made["crashed"]]
 
 
@@ -40,7 +42,9 @@ def test_healthy_setup_is_silent(family: str, dtype: str, side: str, head: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "dtype", "side", "head", "tuning", "layout"), [m for m in MATRIX if m not in SAMPLE])
+@pytest.mark.parametrize(
+    ("family", "dtype", "side", "head", "tuning", "layout"), [m for m in MATRIX if m not in SAMPLE]
+)
 def test_every_healthy_setup_is_silent(family: str, dtype: str, side: str, head: str, tuning: str, layout: str) -> None:
     assert grave(setup_of(family, dtype, side, head, tuning, layout)) == []
 

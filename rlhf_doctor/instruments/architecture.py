@@ -40,7 +40,12 @@ def _decide(census: Census, influence: Influence, causal: bool | None) -> tuple[
         return "transformer encoder", "attention in which outputs see later tokens too"
     if influence.reach == 0 and causal:
         pooled = " and only pooled over the sequence" if influence.score else ""
-        return ("bag of tokens" if pooled else "per-token"), f"no operation mixes positions: tokens are seen one by one{pooled}"
+        return (
+            "bag of tokens" if pooled else "per-token"
+        ), f"no operation mixes positions: tokens are seen one by one{pooled}"
     if influence.tokens and influence.coverage > 0:
-        return "unknown", f"neither attention, convolution nor recurrence was seen; an output reaches {influence.reach} tokens back"
+        return (
+            "unknown",
+            f"neither attention, convolution nor recurrence was seen; an output reaches {influence.reach} tokens back",
+        )
     return "bag of tokens", "no operation mixes positions but pooling"

@@ -16,7 +16,15 @@ __all__ = ["Caller", "Called", "float_tensors", "pick", "takes_texts"]
 
 IDS_NAMES = ("input_ids", "ids", "token_ids", "tokens", "idx", "x", "input", "inputs", "sequences", "seq")
 TEXT_NAMES = ("prompts", "prompt", "responses", "response", "completions", "completion", "texts", "text", "queries")
-SKIPPED_OUTPUTS = ("past_key_values", "hidden_states", "attentions", "cache_params", "loss", "aux_loss", "router_logits")
+SKIPPED_OUTPUTS = (
+    "past_key_values",
+    "hidden_states",
+    "attentions",
+    "cache_params",
+    "loss",
+    "aux_loss",
+    "router_logits",
+)
 PREFERRED = {
     "policy": ("logits", "lm_logits"),
     "reference": ("logits", "lm_logits"),
@@ -206,7 +214,9 @@ class Caller:
         named: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {ids_name: lambda ids, mask: ids}
         for parameter in plain:
             name = parameter.name.lower()
-            if name == "decoder_input_ids" and getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            if name == "decoder_input_ids" and getattr(
+                getattr(self.model, "config", None), "is_encoder_decoder", False
+            ):
                 named[parameter.name] = lambda ids, mask: ids
             if parameter.name == ids_name or name.startswith(("decoder_", "cross_", "head_", "encoder_")):
                 continue

@@ -134,7 +134,9 @@ def kind_of(name: str, args: tuple[Any, ...], result: Any, length: int) -> str |
 def _widths(given: torch.Tensor, kernel: torch.Tensor, length: int) -> list[int]:
     """Sizes above 1 of a kernel along axes that run over (padded) positions, not the whole of an axis at once."""
     return [
-        int(k) for n, k in zip(given.shape[2:], kernel.shape[2:], strict=False) if 1 < k < n and length <= n <= length + 4 * k
+        int(k)
+        for n, k in zip(given.shape[2:], kernel.shape[2:], strict=False)
+        if 1 < k < n and length <= n <= length + 4 * k
     ]
 
 

@@ -54,7 +54,9 @@ def head_range(role: str, models: Models, inputs: Inputs) -> HeadRange:
     reach = max(float(plain.abs().max()), 1e-3)
     # A free head moves by the drive; one that stays within a hundredth of that is held.
     follows = DRIVE * reach / 100
-    return HeadRange(low, high, DRIVE, bounded_below=low > -follows, bounded_above=high < follows, activations=activations)
+    return HeadRange(
+        low, high, DRIVE, bounded_below=low > -follows, bounded_above=high < follows, activations=activations
+    )
 
 
 def _activations(node: Any) -> tuple[str, ...]:

@@ -59,7 +59,9 @@ def _prompt_ids(setup: Any, size: int) -> tuple[list[list[int]], bool]:
         mask = prompts.get("attention_mask")
         rows = [[int(t) for t in row] for row in prompts["input_ids"][:3]]
         if mask is not None:
-            rows = [[t for t, m in zip(row, keep, strict=True) if int(m)] for row, keep in zip(rows, mask[:3], strict=True)]
+            rows = [
+                [t for t, m in zip(row, keep, strict=True) if int(m)] for row, keep in zip(rows, mask[:3], strict=True)
+            ]
         return [[t for t in row if t < size] for row in rows], True
     if prompts and callable(setup.tokenizer):
         rows = [list(setup.tokenizer(text)["input_ids"]) for text in list(prompts)[:3] if isinstance(text, str)]

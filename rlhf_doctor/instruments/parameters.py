@@ -40,9 +40,9 @@ def parameters(role: str, models: Models, setup: Any) -> Parameters:
         trainable_names=tuple(n for n, _ in trainable),
         not_materialised=tuple(n for n, p in named if p.is_meta or p.numel() == 0),
         non_finite=tuple(n for n, p in named if p.is_floating_point() and not p.is_meta and not _finite(p)),
-        storages={} if live.loaded_here else {
-            p.untyped_storage().data_ptr(): n for n, p in reversed(named) if not p.is_meta and p.numel()
-        },
+        storages={}
+        if live.loaded_here
+        else {p.untyped_storage().data_ptr(): n for n, p in reversed(named) if not p.is_meta and p.numel()},
         dtypes=dict(dtypes),
         training=live.module.training,
         active_dropout=tuple(

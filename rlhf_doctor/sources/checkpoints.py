@@ -32,7 +32,9 @@ def load_folder(target: str) -> RLHFSetup:
     if found:
         return RLHFSetup(origin=str(folder), **found)
     if any((folder / mark).is_file() for mark in MARKS):
-        raise UnreadableTarget(f"{target!r} is a checkpoint; say whose: --policy, --reference, --reward or --value {target}")
+        raise UnreadableTarget(
+            f"{target!r} is a checkpoint; say whose: --policy, --reference, --reward or --value {target}"
+        )
     raise UnreadableTarget(f"the folder {target!r} has no subfolder called {', '.join(MODEL_ROLES)}")
 
 

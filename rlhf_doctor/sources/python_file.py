@@ -114,9 +114,7 @@ def _check_signature(function: Any, target: str) -> None:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return
-    required = [
-        p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if required:
         raise UnreadableTarget(f"{target} needs arguments ({', '.join(required)}); it should be callable without any")
 

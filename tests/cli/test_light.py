@@ -39,7 +39,8 @@ def loaded_by(arguments: list[str], cwd: Path) -> tuple[list[str], str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["check", "--help"], ["rules"], ["explain", "VAL002"], ["version"], ["rules", "--format", "json"]]
+    "arguments",
+    [["--help"], ["check", "--help"], ["rules"], ["explain", "VAL002"], ["version"], ["rules", "--format", "json"]],
 )
 def test_no_heavy_import(arguments: list[str], tmp_path: Path) -> None:
     assert loaded_by(arguments, tmp_path)[0] == []

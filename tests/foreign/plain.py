@@ -196,7 +196,11 @@ def long_short_term_memory_reward() -> dict[str, Any]:
     class Rnn(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.e, self.r, self.f = nn.Embedding(VOCAB, WIDTH), nn.LSTM(WIDTH, 48, 2, batch_first=True), nn.Linear(48, 1)
+            self.e, self.r, self.f = (
+                nn.Embedding(VOCAB, WIDTH),
+                nn.LSTM(WIDTH, 48, 2, batch_first=True),
+                nn.Linear(48, 1),
+            )
 
         def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             out, _ = self.r(self.e(tokens))
@@ -244,7 +248,10 @@ def bag_of_words_reward() -> dict[str, Any]:
     class Bag(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag, self.f = nn.Embedding(VOCAB, WIDTH), nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 1))
+            self.bag, self.f = (
+                nn.Embedding(VOCAB, WIDTH),
+                nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 1)),
+            )
 
         def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             x = (self.bag(tokens) * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -258,7 +265,11 @@ def recurrent_policy() -> dict[str, Any]:
     class Lm(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.e, self.r, self.f = nn.Embedding(VOCAB, WIDTH), nn.GRU(WIDTH, WIDTH, batch_first=True), nn.Linear(WIDTH, VOCAB)
+            self.e, self.r, self.f = (
+                nn.Embedding(VOCAB, WIDTH),
+                nn.GRU(WIDTH, WIDTH, batch_first=True),
+                nn.Linear(WIDTH, VOCAB),
+            )
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
             return self.f(self.r(self.e(tokens))[0])  # type: ignore[no-any-return]

@@ -21,7 +21,9 @@ EVERY |= {f"folders/{name}": made for name, made in folders.CASES.items()}
 def test_diagnosis(name: str, tmp_path: Path) -> None:
     build, code, role = EVERY[name]
     made = examined(build if name.startswith("plain") else functools.partial(build, tmp_path))
-    lines = [f"{f['code']} {f['role']} {f['severity']}: {f['message']}" for f in made["findings"] if f["severity"] != "info"]
+    lines = [
+        f"{f['code']} {f['role']} {f['severity']}: {f['message']}" for f in made["findings"] if f["severity"] != "info"
+    ]
     assert not made["crashed"], made["crashed"]
     if code is None:
         assert lines == []

@@ -126,9 +126,7 @@ class PackedLSTM(nn.Module):
         self.emb, self.rnn, self.fc = nn.Embedding(V, H), nn.LSTM(H, H, batch_first=True), nn.Linear(H, 1)
 
     def forward(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        packed = nn.utils.rnn.pack_padded_sequence(
-            self.emb(ids), lengths.cpu(), batch_first=True, enforce_sorted=False
-        )
+        packed = nn.utils.rnn.pack_padded_sequence(self.emb(ids), lengths.cpu(), batch_first=True, enforce_sorted=False)
         _, (last, _) = self.rnn(packed)
         return self.fc(last[-1]).squeeze(-1)  # type: ignore[no-any-return]
 

@@ -75,7 +75,11 @@ def test_a_file_in_a_package_imports_relatively(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "name", "sentence"),
     [
-        ("def build(): raise ValueError('no data')", "build", r"mine\.py:build: ValueError: no data \(mine\.py, line 1\)"),
+        (
+            "def build(): raise ValueError('no data')",
+            "build",
+            r"mine\.py:build: ValueError: no data \(mine\.py, line 1\)",
+        ),
         ("import sys\ndef build(): sys.exit(3)", "build", r"sys\.exit\(3\)"),
         ("raise KeyError('x')", "build", r"could not be imported: KeyError: 'x' \(mine\.py, line 1\)"),
         ("import no_such_module", "build", "ModuleNotFoundError.*no_such_module"),
