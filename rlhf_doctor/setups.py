@@ -15,10 +15,44 @@ from rlhf_doctor.finding import MODEL_ROLES, Role
 __all__ = ["DECLARED_NAMES", "RLHFSetup"]
 
 DECLARED_NAMES = frozenset(
-    """algorithm gamma lam kl_coef kl_estimator kl_in temperature top_k top_p clip_range clip_range_value vf_coef
-    ent_coef whiten_advantages whiten_rewards reward_clip missing_eos_penalty learning_rate critic_learning_rate
-    ppo_epochs num_minibatches batch_size prompt_length response_length dtype reference value_init policy_init
-    kl_adaptive kl_target kl_horizon group_size loss_aggregation shared_trunk dense_rewards versions""".split()
+    [
+        "algorithm",
+        "gamma",
+        "lam",
+        "kl_coef",
+        "kl_estimator",
+        "kl_in",
+        "temperature",
+        "top_k",
+        "top_p",
+        "clip_range",
+        "clip_range_value",
+        "vf_coef",
+        "ent_coef",
+        "whiten_advantages",
+        "whiten_rewards",
+        "reward_clip",
+        "missing_eos_penalty",
+        "learning_rate",
+        "critic_learning_rate",
+        "ppo_epochs",
+        "num_minibatches",
+        "batch_size",
+        "prompt_length",
+        "response_length",
+        "dtype",
+        "reference",
+        "value_init",
+        "policy_init",
+        "kl_adaptive",
+        "kl_target",
+        "kl_horizon",
+        "group_size",
+        "loss_aggregation",
+        "shared_trunk",
+        "dense_rewards",
+        "versions",
+    ]
 )
 
 

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-
 import zoo
+
 from rlhf_doctor import RLHFSetup, examine
 from rlhf_doctor.report.record import record
 

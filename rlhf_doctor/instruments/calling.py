@@ -12,7 +12,7 @@ from rlhf_doctor.facts import Unavailable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Caller", "Called", "float_tensors", "pick", "takes_texts"]
+__all__ = ["Called", "Caller", "float_tensors", "pick", "takes_texts"]
 
 IDS_NAMES = ("input_ids", "ids", "token_ids", "tokens", "idx", "x", "input", "inputs", "sequences", "seq")
 TEXT_NAMES = ("prompts", "prompt", "responses", "response", "completions", "completion", "texts", "text", "queries")

@@ -1,4 +1,4 @@
-"""The census: which operations mix positions in a forward pass, found by what they do and not by their names in code."""
+"""The census: which operations mix positions in a forward pass, found by what they do."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def _numbers(
         tensor = tensor[:1]  # a vocabulary wide: the other rows are not worth a float64 copy
     tensor = tensor.double().cpu()
     if live.role == "value" and tuple(tensor.shape[:2]) == (ids.shape[0], ids.shape[1] - 1):
-        # A critic that leaves out the row's last token, after which no action follows: the text's last one is not compared.
+        # A critic that leaves out the row's last token.
         return tensor.reshape(*tensor.shape[:2], -1)[0, mask[0, :-1].bool()][: len(text) - 1].reshape(-1)
     if tensor.dim() >= 2 and tensor.shape[1] == ids.shape[1]:
         real = tensor[0][mask[0].bool()]

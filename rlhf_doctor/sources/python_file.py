@@ -1,4 +1,4 @@
-"""``file.py:name``: a function without required arguments, or an object, that gives an RLHFSetup or a dict of its fields."""
+"""``file.py:name``: a function without required arguments, or an object, that gives a setup."""
 
 from __future__ import annotations
 

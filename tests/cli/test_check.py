@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import command_line, environment
 
 SETUPS = Path(__file__).parent.parent / "setups"

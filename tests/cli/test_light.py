@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from conftest import environment
 
 HEAVY = ("torch", "transformers", "peft", "safetensors", "numpy")

@@ -1,4 +1,4 @@
-"""Setups of Hugging Face checkpoint folders, as they lie on a disk after other people's scripts: one function a case."""
+"""Setups of Hugging Face checkpoint folders as other people's scripts leave them: one function a case."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import transformers
-
 import zoo
 
 CASES: dict[str, tuple[Callable[[Path], dict[str, Any]], str | None, str | None]] = {}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 import zoo
+
 from rlhf_doctor.examine import Options, examine
 from rlhf_doctor.selftest import specimens
 from rlhf_doctor.setups import RLHFSetup

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import zoo
 from rlhf_doctor import RLHFSetup, examine
 from rlhf_doctor.selftest import specimens
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import zoo
 from torch import nn
 
-import zoo
 from rlhf_doctor import RLHFSetup, examine
 
 V, H = zoo.VOCAB, 24

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import zoo
 from torch import nn
 
-import zoo
 from rlhf_doctor import RLHFSetup, examine
 
 

@@ -7,8 +7,42 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = """the a film book was is very quite good great dull bad long short please write review of about summary
-music story plot acting slow fast funny sad and but not really never always""".split()
+WORDS = [
+    "the",
+    "a",
+    "film",
+    "book",
+    "was",
+    "is",
+    "very",
+    "quite",
+    "good",
+    "great",
+    "dull",
+    "bad",
+    "long",
+    "short",
+    "please",
+    "write",
+    "review",
+    "of",
+    "about",
+    "summary",
+    "music",
+    "story",
+    "plot",
+    "acting",
+    "slow",
+    "fast",
+    "funny",
+    "sad",
+    "and",
+    "but",
+    "not",
+    "really",
+    "never",
+    "always",
+]
 
 
 class CNNRewardModel(nn.Module):
@@ -64,7 +98,7 @@ def build():
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-        )  # fmt: skip
+        )
     )
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward = CNNRewardModel(len(tokenizer)).eval().requires_grad_(False)
