@@ -98,7 +98,7 @@ def cli() -> None:
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that a checkpoint brings along.")
 @click.option("-q", "--quiet", is_flag=True, help="Write the files and set the exit code; print nothing but failures.")
 @click.pass_context
-def check(ctx: click.Context, **given: Any) -> None:
+def check(ctx: click.Context, /, **given: Any) -> None:
     """Examine a setup and report what is wrong with it.
 
     TARGET is file.py:name, a function or object that gives an RLHFSetup or a dict of its fields, or a folder with

@@ -79,9 +79,16 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "REF004": ("REF002",),
     }
 )
-ACROSS_ROLES = frozenset({"POL001", "POL002", "POL003", "POL004", "POL005", "SYS002", "SYS003", "SYS004", "SYS005", "SYS011", "TOK002", "TOK003",
-                          "PRE003", "PRE004", "CFG002", "CFG003", "CFG004", "SYS006", "SYS007", "SYS012", "REF002",
-                          "REF004"})  # fmt: skip
+ACROSS_ROLES = frozenset(
+    {
+        "CFG002", "CFG003", "CFG004",
+        "POL001", "POL002", "POL003", "POL004", "POL005",
+        "PRE003", "PRE004",
+        "REF002", "REF004",
+        "SYS002", "SYS003", "SYS004", "SYS005", "SYS006", "SYS007", "SYS011", "SYS012",
+        "TOK002", "TOK003",
+    }
+)  # fmt: skip
 # Families from the files outward; an effect is never the first line while a cause stands.
 ORDER = ("CFG004", "SYS", "TOK", "CFG", "PRE", "KLD", "POL", "REF", "REW", "VAL", "OPT", "ROL", "ADV", "LOS", "MET")
 EFFECTS = frozenset({"ROL003", "OPT002", "LOS005", "ADV008", "REW009", "SYS008"})

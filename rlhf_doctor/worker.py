@@ -79,17 +79,22 @@ def examined(job: Job, phase: Callable[[str], None], measuring: Callable[[str], 
     from rlhf_doctor.sources.checkpoints import files_of
 
     stage = Stage(job.stage)
-    provenance = {"command": job.command, "started": job.started}
     phase("loading")
     try:
         _check_device(job)
         setup = load_setup(*job.targets, **job.folders, declared=job.declared, trust_remote_code=job.trust_remote_code)
     except UnreadableTarget as error:
-        return unreadable("setup", str(error), origin=job.name, **provenance)
+        return unreadable("setup", str(error), origin=job.name, command=job.command, started=job.started)
     phase("examining")
     options = Options(stage=stage, seed=job.seed, device=job.device, dtype=job.dtype, excluded=job.excluded)
     examination = examine(setup, select=job.select, ignore=job.ignore, options=options, progress=measuring)
-    return record(examination, inputs=read_inputs(files_of(setup)), suspected=job.suspected, **provenance)
+    return record(
+        examination,
+        command=job.command,
+        started=job.started,
+        inputs=read_inputs(files_of(setup)),
+        suspected=job.suspected,
+    )
 
 
 def _check_device(job: Job) -> None:

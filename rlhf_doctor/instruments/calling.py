@@ -169,6 +169,10 @@ class Caller:
             raise first_error from None
         return self.style(ids, mask, **more)
 
+    def forget(self) -> None:
+        """Drop the model and the way to call it, which refer to each other in a circle."""
+        self.model = self.custom = self.style = None
+
     @property
     def signature(self) -> Mapping[str, inspect.Parameter]:
         """Parameters of the model's forward; of the adapted model's where a wrapper hides them."""

@@ -81,7 +81,7 @@ def _recorder(length: int, seen: dict[str, Counter[str]], widths: set[int]) -> A
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Recorder(TorchDispatchMode):
+    class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(
             self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
@@ -94,7 +94,7 @@ def _recorder(length: int, seen: dict[str, Counter[str]], widths: set[int]) -> A
                 widths.update(_widths(args[0], args[1], length))
             return result
 
-    return Recorder()
+    return Recorder()  # type: ignore[no-untyped-call]
 
 
 def kind_of(name: str, args: tuple[Any, ...], result: Any, length: int) -> str | None:

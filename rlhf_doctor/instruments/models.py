@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import sys
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ def generators_kept(seed: int | None = None) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)
@@ -127,6 +128,11 @@ class Live:
         self.texts = not self.is_module and takes_texts(model)
         self.score_head: Any = None
         self.remembered: tuple[torch.Tensor, torch.Tensor, Called] | None = None
+
+    def let_go(self) -> None:
+        """Drop every reference to the model; nothing can be called afterwards."""
+        self.model = self.score_head = self.remembered = None
+        self.caller.forget()
 
     @property
     def module(self) -> torch.nn.Module:
@@ -276,9 +282,15 @@ class Models:
 
     def release(self, role: Role) -> None:
         """Let go of a model that was loaded here."""
-        if role in self.live and self.live[role].loaded_here:
-            del self.live[role]
-            gc.collect()  # modules refer to each other in circles: without it two and more models stay in memory
+        if role not in self.live or not self.live[role].loaded_here:
+            return
+        live = self.live.pop(role)
+        first = next(live.module.parameters(), None) if live.is_module else None
+        witness = weakref.ref(first) if first is not None else None
+        live.let_go()
+        del live, first
+        if witness is not None and witness() is not None:  # something refers to it in a circle
+            gc.collect()
 
     def _make(self, role: Role) -> Live:
         import torch

@@ -33,7 +33,7 @@ def output(role: str, models: Models, inputs: Inputs, manifest: Manifest) -> Out
         called = live.read_once(ids, mask)
     tensor = called.tensor.detach().float().cpu()
     vocab_size = manifest.embedding_rows or manifest.vocab_size or inputs.vocab_size
-    kind = kind_of(tuple(tensor.shape), *ids.shape, vocab_size)
+    kind = kind_of(tuple(tensor.shape), ids.shape[0], ids.shape[1], vocab_size)
     keep = mask.bool()
     real = tensor[keep] if tensor.dim() >= 2 and tensor.shape[1] == ids.shape[1] else tensor
     finite = bool(torch.isfinite(real).all())

@@ -61,8 +61,12 @@ class Patients:
         self.copies += 1
         copy = self.folder / f"copy-{self.copies}"
         shutil.copytree(self.saved, copy)
+        policy, reference, reward, value = (str(copy / role) for role in MODEL_ROLES)
         return RLHFSetup(
-            **{role: str(copy / role) for role in MODEL_ROLES},
+            policy=policy,
+            reference=reference,
+            reward=reward,
+            value=value,
             tokenizer=deepcopy(self.healthy.tokenizer),
             prompts=self.healthy.prompts,
             preferences=self.healthy.preferences,

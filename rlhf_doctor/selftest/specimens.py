@@ -93,6 +93,7 @@ class HandWrittenDecoder(nn.Module):
         if self.causal:
             allowed = allowed & torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         for block in self.blocks:
+            assert isinstance(block, nn.ModuleDict)
             x = block["n1"](h)
             scores = block["q"](x) @ block["k"](x).transpose(1, 2) / math.sqrt(h.shape[-1])
             weights = scores.masked_fill(~allowed, torch.finfo(h.dtype).min).softmax(-1)

@@ -104,8 +104,15 @@ def write_tokenizer(folder: Path) -> None:
     whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
              "pre_tokenizer": None, "post_processor": None, "decoder": None, "model": model}  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(whole, ensure_ascii=False))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>",
-                "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left", "model_max_length": 1024}  # fmt: skip
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "padding_side": "left",
+        "model_max_length": 1024,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 

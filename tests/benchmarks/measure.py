@@ -179,8 +179,8 @@ def probe_rows(found: dict[str, Any]) -> list[Row]:
     seconds, plain = found["probe"]["seconds"], found["plain"]["seconds"]
     return [
         Row("probe over four 124M checkpoints: peak memory above importing torch and transformers, "
-            "in weights of the two largest models", "at most 1.3", f"{over / weights:.2f} ({over / 1e6:.0f} MB of {weights / 1e6:.0f} MB)",
-            over <= 1.3 * weights),
+            "in weights of the two largest models", "at most 1.3",
+            f"{over / weights:.2f} ({over / 1e6:.0f} MB of {weights / 1e6:.0f} MB)", over <= 1.3 * weights),
         Row("its time, in times of loading the four and one forward and backward each at the probe's size",
             "at most 3", f"{seconds / plain:.1f} ({seconds:.1f} s against {plain:.1f} s)", seconds <= 3 * plain),
     ]  # fmt: skip
@@ -192,9 +192,9 @@ def page(rows: list[Row]) -> str:
     lines = [
         "# What an examination costs",
         "",
-        f"Measured with `{COMMAND}` on {cores} CPU cores, Python {platform.python_version()}. Each number is from fresh",
-        "processes, times the fastest and memory the highest of three. Only the ratios mean anything on another machine.",
-        f"The probe's size is {len(PROBE_LENGTHS)} sequences of {PROBE_LENGTHS[-1]} tokens.",
+        f"Measured with `{COMMAND}` on {cores} CPU cores, Python {platform.python_version()}. Each number is from",
+        "fresh processes, times the fastest and memory the highest of three. Only the ratios mean anything on another",
+        f"machine. The probe's size is {len(PROBE_LENGTHS)} sequences of {PROBE_LENGTHS[-1]} tokens.",
         "",
         "| what | target | measured | kept |",
         "|---|---|---|---|",
