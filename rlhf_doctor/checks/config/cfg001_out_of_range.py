@@ -1,4 +1,4 @@
-"""CFG001: options are within what they can mean, and within what has been published."""
+"""CFG001: options are within what they can mean, and near what has been published."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from rlhf_doctor.instruments.algorithms import is_grouped
 
 @dataclass(frozen=True)
 class Range:
-    """``possible`` is what the option can mean at all (both ends included), ``usual`` what has been published.
+    """``possible`` is what the option can mean at all (both ends included), ``usual`` a wide band around
+    what has been published.
 
-    ``why`` says what lies beyond the possible, ``source`` where the usual is from.
+    ``why`` says what lies beyond the possible, ``source`` who published a value for language models, or for PPO.
     """
 
     possible: tuple[float, float]
@@ -29,9 +30,9 @@ class Range:
 N_PLUS = "Huang et al. 2024, https://arxiv.org/abs/2403.17031"
 GAE = "Schulman et al. 2016, https://arxiv.org/abs/1506.02438"
 PPO = "Schulman et al. 2017, https://arxiv.org/abs/1707.06347"
-SAMPLED = "https://github.com/huggingface/trl/issues/860"
+ZIEGLER = "Ziegler et al. 2019, https://arxiv.org/abs/1909.08593"
 UPDATES = "https://github.com/PRIME-RL/Entropy-Mechanism-of-RL/issues/20"
-BATCH = "https://github.com/hiyouga/LlamaFactory/pull/1553"
+CLIPS = "5 in DeepSpeed-Chat, 10 in OpenRLHF and trlx"
 ANY = math.inf
 RANGES: Mapping[str, Range] = {
     "gamma": Range((0, 1), (0.9, 1), "a discount outside [0, 1] makes returns grow with the length", N_PLUS),
@@ -40,29 +41,29 @@ RANGES: Mapping[str, Range] = {
     "clip_range_value": Range((1e-9, ANY), (0.05, 10), "values that may not move are never learnt", N_PLUS),
     "vf_coef": Range((0, ANY), (0.01, 5), "a negative coefficient trains the critic away from the returns", N_PLUS),
     "ent_coef": Range((0, ANY), (0, 0.1), "a negative coefficient punishes entropy", PPO),
-    "kl_coef": Range((-ANY, ANY), (-ANY, 1), "", SAMPLED),
-    "kl_target": Range((1e-9, ANY), (0.001, 50), "the controller needs a target above 0", N_PLUS),
-    "kl_horizon": Range((1e-9, ANY), (1, ANY), "the controller divides by the horizon", N_PLUS),
+    "kl_coef": Range((-ANY, ANY), (-ANY, 1), "", N_PLUS),
+    "kl_target": Range((1e-9, ANY), (0.001, 50), "the controller needs a target above 0", ZIEGLER),
+    "kl_horizon": Range((1e-9, ANY), (1, ANY), "the controller divides by the horizon", ZIEGLER),
     "temperature": Range((-ANY, ANY), (-ANY, 2), "", N_PLUS),
-    "top_p": Range((1e-9, 1), (1e-9, 1), "a share of the probability is above 0 and at most 1", N_PLUS),
-    "ppo_epochs": Range((1, ANY), (1, 20), "no epoch, no update", UPDATES),
-    "num_minibatches": Range((1, ANY), (1, ANY), "a batch has at least one part", UPDATES),
-    "batch_size": Range((1, ANY), (1, ANY), "an update needs a sample", BATCH),
-    "prompt_length": Range((1, ANY), (1, ANY), "a prompt has at least one token", N_PLUS),
-    "response_length": Range((1, ANY), (1, ANY), "a response has at least one token", N_PLUS),
-    "reward_clip": Range((1e-9, ANY), (0.1, ANY), "scores that are clipped to nothing are all equal", N_PLUS),
+    "top_p": Range((1e-9, 1), (1e-9, 1), "a share of the probability is above 0 and at most 1", ""),
+    "ppo_epochs": Range((1, ANY), (1, 20), "no epoch, no update", PPO),
+    "num_minibatches": Range((1, ANY), (1, ANY), "a batch has at least one part", ""),
+    "batch_size": Range((1, ANY), (1, ANY), "an update needs a sample", ""),
+    "prompt_length": Range((1, ANY), (1, ANY), "a prompt has at least one token", ""),
+    "response_length": Range((1, ANY), (1, ANY), "a response has at least one token", ""),
+    "reward_clip": Range((1e-9, ANY), (0.1, ANY), "scores that are clipped to nothing are all equal", CLIPS),
 }
 WHOLE = ("ppo_epochs", "num_minibatches", "batch_size", "prompt_length", "response_length", "group_size")
 MANY_UPDATES = 32
 
 
-@check("CFG001", "options are within what has been published", stage=Stage.STATIC, severity=Severity.WARNING)
+@check("CFG001", "options are near what has been published", stage=Stage.STATIC, severity=Severity.WARNING)
 def out_of_range(setup: Any) -> Iterator[Finding]:
     """
     What it examines:
         The declared numbers: whether each is a number at all (YAML reads 3e-6 without a point as text), whether it
-        means anything (a discount above 1, a clip range of 0: error), and whether it is within what has been published
-        for language models (otherwise a warning, with the source). Learning rates, a KL coefficient of 0 or below,
+        means anything (a discount above 1, a clip range of 0: error), and whether it is within a wide band around what
+        has been published (otherwise a warning, with the source). Learning rates, a KL coefficient of 0 or below,
         greedy sampling and top-k have checks of their own.
 
     Why it matters:
@@ -82,8 +83,9 @@ def out_of_range(setup: Any) -> Iterator[Finding]:
         Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO", https://arxiv.org/abs/2403.17031; Schulman
         et al. 2017, https://arxiv.org/abs/1707.06347 and 2016, https://arxiv.org/abs/1506.02438; updates per rollout:
         https://github.com/PRIME-RL/Entropy-Mechanism-of-RL/issues/20 (16 are already strongly off-policy; a rollout of
-        DeepSeek-R1 takes 16, https://arxiv.org/abs/2501.12948, TRL's PPO up to 4 epochs of 4 minibatches, so twice that
-        is remarked on); temperature: https://github.com/THUDM/slime/pull/2197; whitened rewards:
+        DeepSeek-R1 takes 16, https://arxiv.org/abs/2501.12948, so twice that is remarked on); the adaptive controller:
+        Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2; clips of rewards: ±5 in DeepSpeed-Chat, ±10
+        in OpenRLHF and trlx; temperature: https://github.com/THUDM/slime/pull/2197; whitened rewards:
         https://github.com/vwxyzjn/summarize_from_feedback_details/pull/17.
     """
     if not setup.declared:
@@ -114,8 +116,8 @@ def _judged(name: str, given: Any, allowed: Range) -> Iterator[Finding]:
         )
     elif not allowed.usual[0] <= value <= allowed.usual[1]:
         yield _finding(
-            f"{name} is {value:g}, outside {_shown(allowed.usual)}, which is what has been published for language "
-            f"models ({allowed.source}). Choose a value inside unless you know why.",
+            f"{name} is {value:g}, outside {_shown(allowed.usual)}, a wide band around what has been published "
+            f"({allowed.source}). Choose a value inside unless you know why.",
             name,
             _shown(allowed.usual),
             value,

@@ -32,7 +32,7 @@ def path_not_found(setup: Any) -> Iterator[Finding]:
 
     Source:
         https://huggingface.co/docs/transformers/main_classes/model (from_pretrained takes a hub name or a path);
-        https://github.com/hiyouga/LlamaFactory/issues/2477 (an adapter where a merged model was expected).
+        https://github.com/hiyouga/LlamaFactory/issues/2477 (a merged model where an unmerged adapter was expected).
     """
     given: list[tuple[Role, str, Any]] = [(role, role, setup.model(role)) for role in MODEL_ROLES]
     given += [("tokenizer", "tokenizer", setup.tokenizer), ("reward", "reward_tokenizer", setup.reward_tokenizer)]

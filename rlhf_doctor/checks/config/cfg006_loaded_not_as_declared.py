@@ -41,8 +41,8 @@ def loaded_not_as_declared(
 
     Source:
         https://huggingface.co/docs/transformers/main_classes/model (dtype of from_pretrained);
-        https://huggingface.co/docs/peft/quicktour (an adapter trains a small share of the parameters, 0.1% to 2%; half
-        leaves room for embeddings and heads in modules_to_save).
+        https://huggingface.co/docs/peft/quicktour (an adapter trains a small share of the parameters, 0.19% in its
+        example; half leaves room for embeddings and heads in modules_to_save).
     """
     live = {role: p for role, p in parameters.items() if not p.loaded_here and role in ("policy", "value")}
     if not live:

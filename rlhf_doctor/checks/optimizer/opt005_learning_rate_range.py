@@ -47,14 +47,14 @@ def learning_rate_range(setup: Any, rates: Sequence[Rate]) -> Iterator[Finding]:
 
     Source:
         Published rates of full training: 3e-6 (Huang et al. 2024, https://arxiv.org/abs/2403.17031), 9.65e-6
-        (DeepSpeed- Chat), 5e-7 with 9e-6 for the critic (OpenRLHF), 1e-6 with 1e-5 (verl), 1.4e-5 and 3e-5 for GPT-2
+        (DeepSpeed-Chat), 5e-7 with 9e-6 for the critic (OpenRLHF), 1e-6 with 1e-5 (verl), 1.4e-5 and 3e-5 for GPT-2
         (TRL, trlx); 5e-5 was a fault: https://github.com/huggingface/trl/pull/5174. So 4e-5 is remarked on from 100M
         parameters on. Adam's best rate falls about as the width grows (Yang et al. 2022,
-        https://arxiv.org/abs/2203.03466): 1e-3 from 10M, and 5e-3 below, where PPO outside language uses 3e-4 to
-        2.5e-3. Adapters take ten times the full rate (https://thinkingmachines.ai/blog/lora/), hence 1e-3. The
-        critic's limit is three times the policy's. Epsilon:
-        https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/ measured a milder
-        start with a larger effective one.
+        https://arxiv.org/abs/2203.03466): 1e-3 from 10M, and 5e-3 below, where PPO outside language uses 3e-4
+        (https://arxiv.org/abs/1707.06347) to 2.6e-3 (CleanRL's script for Isaac Gym). Adapters take ten times the full
+        rate (https://thinkingmachines.ai/blog/lora/), hence 1e-3. The critic's limit is three times the policy's.
+        Epsilon: https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/ measured a
+        milder start with a larger effective one.
     """
     for rate in rates:
         yield from _rate(rate)

@@ -40,9 +40,9 @@ def policy_output_shape(policy_output: Output, policy_manifest: Manifest) -> Ite
 
     Source:
         Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (the policy is a language model);
-        https://huggingface.co/docs/transformers/main_classes/model (resize_token_embeddings). A width counts as
-        too narrow below the tokenizer's largest id, or, without a tokenizer, below nine tenths of the embedding's rows:
-        embeddings are padded to multiples of at most 128 rows, which is less than a tenth of a real vocabulary.
+        https://huggingface.co/docs/transformers/main_classes/model (resize_token_embeddings). A width counts as too
+        narrow below the tokenizer's largest id, or, without a tokenizer, below nine tenths of the embedding's rows:
+        embeddings are padded by a few hundred rows, which is less than a tenth of a real vocabulary.
     """
     o = policy_output
     tokens = policy_manifest.tokenizer.size if policy_manifest.tokenizer else int(0.9 * o.vocab_size)

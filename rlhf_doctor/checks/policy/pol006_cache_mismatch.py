@@ -39,7 +39,7 @@ def policy_cache_mismatch(policy_invariance: Invariance) -> Iterator[Finding]:
         3. Until it is mended, sample with use_cache=False.
 
     Source:
-        https://huggingface.co/docs/transformers/kv_cache (what a cache must hold, and positions beside it);
+        https://huggingface.co/docs/transformers/cache_explanation (the mask and the positions that go with a cache);
         https://github.com/huggingface/trl/issues/469 (log-probabilities that depend on how positions are counted). The
         tolerance is that of POL004: what rounding explains between calls of other shapes.
     """

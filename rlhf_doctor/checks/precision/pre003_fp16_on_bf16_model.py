@@ -38,9 +38,8 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
     Source:
         https://github.com/huggingface/trl/issues/3236 (Gemma 3),
         https://github.com/deepspeedai/DeepSpeedExamples/issues/794 (Llama 2),
-        https://github.com/hiyouga/LlamaFactory/issues/273; autocast: https://github.com/pytorch/rl/pull/3580. Qi et
-        al. 2025, https://arxiv.org/abs/2510.26788, train in float16 on purpose, with a loss scaler and models whose
-        activations were seen to fit.
+        https://github.com/hiyouga/LlamaFactory/issues/273; autocast: https://github.com/pytorch/rl/pull/3580. Qi et al.
+        2025, https://arxiv.org/abs/2510.26788, train in float16 on purpose, for its finer digits.
     """
     declared = str(setup.declared.get("dtype") or "").lower()
     asked = str(options.dtype or "").lower()

@@ -44,8 +44,8 @@ def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = ""
         Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; adapters: https://github.com/huggingface/trl/issues/1340;
         second stages: https://github.com/modelscope/ms-swift/issues/6910. Tolerance: logits that are off by σ cost σ²/2
         nats; σ is taken as eight roundings of the logits' spread in the coarser dtype, some 4e-3 nats for a large model
-        in bfloat16, where 1e-3 is normal (https://github.com/huggingface/trl/pull/3867) and another model costs tenths;
-        1e-5 in float32; 0.1 beside quantised weights.
+        in bfloat16, where 1e-3 is normal between engines (https://richardli.xyz/post/rl-collapse-training-inference)
+        and another model costs tenths; 1e-5 in float32; 0.1 beside quantised weights.
     """
     off, ref = agreement.gaps.get("the policy with its adapter off"), agreement.gaps.get("the reference")
     name = "the reference" if ref is not None else "the policy with its adapter off"

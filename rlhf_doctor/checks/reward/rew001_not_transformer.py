@@ -54,11 +54,11 @@ def reward_not_transformer(
 
     Source:
         Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", https://arxiv.org/abs/1909.08593 (the
-        reward is the language model with a linear head); Stiennon et al. 2020, https://arxiv.org/abs/2009.01325;
-        Ouyang et al. 2022, "InstructGPT", https://arxiv.org/abs/2203.02155 (6B reward and value models, the value
-        initialised from the reward); Bai et al. 2022, https://arxiv.org/abs/2204.05862 (larger preference models judge
-        better); Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization", https://arxiv.org/abs/2210.10760
-        (small reward models are exploited sooner).
+        reward is the language model with a linear head); Stiennon et al. 2020, https://arxiv.org/abs/2009.01325; Ouyang
+        et al. 2022 (InstructGPT), https://arxiv.org/abs/2203.02155 (6B reward and value models, the value initialised
+        from the reward); Bai et al. 2022, https://arxiv.org/abs/2204.05862 (larger preference models judge better); Gao
+        et al. 2022, "Scaling Laws for Reward Model Overoptimization", https://arxiv.org/abs/2210.10760 (small reward
+        models are exploited sooner).
     """
     found = not_transformer(
         "reward", "reward model", reward_architecture, reward_census, reward_influence, policy_architecture

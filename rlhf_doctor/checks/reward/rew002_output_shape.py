@@ -62,7 +62,7 @@ def reward_output_shape(
         3. Take the logit: no sigmoid, softmax or tanh behind the head. Scale or clip in the loop, outside the scores.
 
     Source:
-        Ouyang et al. 2022, "InstructGPT", https://arxiv.org/abs/2203.02155 (the score is the scalar inside the sigmoid
+        Ouyang et al. 2022 (InstructGPT), https://arxiv.org/abs/2203.02155 (the score is the scalar inside the sigmoid
         of the pairwise loss); the two labels: https://github.com/huggingface/trl/issues/653; a softmax or sigmoid
         behind the score: https://github.com/vllm-project/vllm/pull/18313. Clips in use are ±5 (DeepSpeed-Chat) and ±10
         (OpenRLHF, trlx): a clip that leaves the observed scores their own span of room is fine, any other curve only

@@ -41,8 +41,8 @@ def reward_trainable(
         3. Score inside torch.no_grad().
 
     Source:
-        https://github.com/huggingface/trl/pull/982 (a reward adapter that is trained along); Ouyang et al. 2022,
-        "InstructGPT", https://arxiv.org/abs/2203.02155 (the reward model is fixed during PPO).
+        https://github.com/huggingface/trl/pull/982 (a reward adapter that is trained along); Ouyang et al. 2022
+        (InstructGPT), https://arxiv.org/abs/2203.02155 (the reward model is fixed during PPO).
     """
     if setup.reward_loss is not None and setup.step is None:
         return

@@ -49,7 +49,7 @@ def reward_scale(
         3. Else scale in the loop, and set the clip after scaling.
 
     Source:
-        Huang et al. 2023, "The N Implementation Details of RLHF with PPO",
+        Huang et al. 2024, "The N Implementation Details of RLHF with PPO",
         https://iclr-blogposts.github.io/2024/blog/the-n-implementation-details-of-rlhf-with-ppo/ (mean 0, deviation 1
         on samples of the reference); https://github.com/huggingface/trl/issues/860 (scores of 60 to 70, and of 1e-4),
         https://github.com/OpenRLHF/OpenRLHF/issues/693 and https://github.com/OpenRLHF/OpenRLHF/issues/822

@@ -54,11 +54,10 @@ def reward_length_bias(
     Source:
         Singhal et al. 2023, "A Long Way to Go: Investigating Length Correlations in RLHF",
         https://arxiv.org/abs/2310.03716; https://github.com/deepspeedai/DeepSpeedExamples/issues/491 ("thanks"). Reward
-        models in use correlate with length by 0.3 to 0.6 on samples, so correlation alone is no finding; the steady
-        rise of one and the same content is. Eight lengths in random order reach a rank correlation of 0.9 once in 400
-        times, and here the mean over the responses has to. A Transformer's response to a repeated token levels off,
-        since attention averages: going from 8 to 16 then adds less than from 4 to 8; a count adds twice as much, 1.6
-        is between.
+        models in use correlate strongly with length, so correlation alone is no finding; the steady rise of one and the
+        same content is. Eight lengths in random order reach a rank correlation of 0.9 once in 400 times, and here the
+        mean over the responses has to. A Transformer's response to a repeated token levels off, since attention
+        averages: going from 8 to 16 then adds less than from 4 to 8; a count adds twice as much, 1.6 is between.
     """
     g, scores = reward_growth, reward_on_samples.numbers
     every = [s for rows in (g.ladder, g.content, tuple(g.repeats.values())) for row in rows for s in row]

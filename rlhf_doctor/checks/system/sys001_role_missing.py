@@ -51,7 +51,7 @@ def role_missing(
 
     Source:
         Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (the four models of RLHF with PPO); Shao et al. 2024,
-        https://arxiv.org/abs/2402.03300 (GRPO: no value model); "no reference is loaded where the coefficient is 0",
+        https://arxiv.org/abs/2402.03300 (GRPO: no value model); no reference is loaded where the coefficient is 0:
         https://github.com/huggingface/trl/issues/4040.
     """
     declared = setup.declared

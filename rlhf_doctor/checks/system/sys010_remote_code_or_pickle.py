@@ -37,8 +37,9 @@ def remote_code_or_pickle(
         3. If the code is needed, read it and pin its revision.
 
     Source:
-        https://huggingface.co/docs/transformers/custom_models (custom code and its risk);
-        https://docs.pytorch.org/docs/stable/generated/torch.load.html (weights_only); https://github.com/huggingface/safetensors.
+        https://github.com/huggingface/transformers/blob/main/SECURITY.md (remote code, and formats that run code);
+        https://docs.pytorch.org/docs/stable/generated/torch.load.html (weights_only);
+        https://github.com/huggingface/safetensors.
     """
     foreign = {role: m for role, m in manifest.items() if m.needs_remote_code and not _native(m.model_type)}
     if foreign:

@@ -39,9 +39,9 @@ def quantised_or_adapted_base_mismatch(manifest: Mapping[Role, Manifest]) -> Ite
            top of it, and use that merged model as base from then on.
 
     Source:
-        https://github.com/huggingface/trl/issues/2164 and https://github.com/huggingface/peft/issues/577 (head
-        neither trained nor saved); https://github.com/hiyouga/LlamaFactory/issues/5097 and
-        https://github.com/hiyouga/LlamaFactory/issues/430 (another base);
+        https://github.com/huggingface/trl/issues/2164 and https://github.com/huggingface/peft/issues/577 (head neither
+        trained nor saved); https://github.com/hiyouga/LlamaFactory/issues/5097 (another base);
+        https://github.com/hiyouga/LlamaFactory/issues/430 (restored without the SFT adapter below it);
         https://github.com/huggingface/trl/pull/2743 (all-linear leaves the head out).
     """
     for role, m in manifest.items():

@@ -41,7 +41,7 @@ def pad_is_eos(
         https://github.com/huggingface/trl/pull/4970 and https://github.com/huggingface/trl/issues/976 (EOS lost with
         the pads); https://github.com/hpcaitech/ColossalAI/issues/3200 (pads attended to); Huang et al. 2024,
         https://arxiv.org/abs/2403.17031 (a pad token of its own). That a reward model then reads the token before EOS
-        is what every implementation does.
+        is how sequence classifiers pool: https://github.com/huggingface/transformers/pull/35911.
     """
     fed = next(iter(vocabularies.values())).ids_of
     if fed.pad_id is None or fed.pad_id != fed.eos_id:

@@ -37,8 +37,8 @@ def padding_side(
 
     Source:
         https://github.com/LAION-AI/Open-Assistant/issues/2140 (the side was not passed to the tokenizer that
-        generates); https://huggingface.co/docs/transformers/llm_tutorial#padding-side. Right padding is right for
-        encoder-decoder policies: https://github.com/huggingface/trl/pull/262.
+        generates); https://huggingface.co/docs/transformers/llm_tutorial (prompts are padded on the left). Right
+        padding is right for encoder-decoder policies: https://github.com/huggingface/trl/pull/262.
     """
     policy = manifest.get("policy")
     if policy is None:

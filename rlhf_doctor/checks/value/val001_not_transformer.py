@@ -53,8 +53,8 @@ def value_not_transformer(
 
     Source:
         Stiennon et al. 2020, "Learning to summarize from human feedback", https://arxiv.org/abs/2009.01325 (policy and
-        value are separate Transformers, the value is initialised from the reward model); Ouyang et al. 2022,
-        "InstructGPT", https://arxiv.org/abs/2203.02155; Huang et al. 2024, "The N+ Implementation Details of RLHF with
+        value are separate Transformers, the value is initialised from the reward model); Ouyang et al. 2022
+        (InstructGPT), https://arxiv.org/abs/2203.02155; Huang et al. 2024, "The N+ Implementation Details of RLHF with
         PPO", https://arxiv.org/abs/2403.17031; Ahmadian et al. 2024, "Back to Basics", https://arxiv.org/abs/2402.14740
         (the critic-free way).
     """
