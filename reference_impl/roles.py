@@ -11,13 +11,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reference_impl import ops
+from reference_impl import ops, scale
 
 __all__ = ["Models", "critic_from_reward", "frozen_copy", "hidden_states", "positions", "response_logprobs", "scalars"]
 
@@ -69,12 +70,19 @@ def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
     return hidden
 
 
+@scale.forward
 def scalars(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The scalar head at every token: ids and mask (B, L) → (B, L)."""
     out: Tensor = model.score(hidden_states(model, ids, attention_mask))
-    return out.squeeze(-1)
+    return out.squeeze(-1).clone()
 
 
+def cache_name(model: Any) -> str:
+    """What the body calls its key-value cache: transformers renamed past_key_values to cache in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
+
+
+@scale.forward
 def response_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, T: int, temperature: float) -> Tensor:
     """log π of the last T of ids (B, P+T) → (B, T). The token at position p is predicted from position p-1."""
     hidden = hidden_states(model, ids, attention_mask)[:, -T - 1 : -1]
