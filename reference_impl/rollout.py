@@ -53,13 +53,14 @@ def sample(
     """
     head, cache, step_ids, attention = policy.get_output_embeddings(), None, prompt, prompt_mask
     position = roles.positions(prompt_mask)
+    name = roles.cache_name(policy)
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     tokens = list[Tensor]()
     while len(tokens) < T and not bool(ended.all()):
         out = policy.base_model(
-            input_ids=step_ids, attention_mask=attention, position_ids=position, past_key_values=cache, use_cache=True
+            input_ids=step_ids, attention_mask=attention, position_ids=position, use_cache=True, **{name: cache}
         )
-        cache = out.past_key_values
+        cache = out[name]
         probabilities = (head(out.last_hidden_state[:, -1]).float() / temperature).softmax(-1)  # (B, V)
         token = torch.multinomial(probabilities, 1)[:, 0].masked_fill(ended, pad)  # (B,)
         tokens.append(token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.facts import Unavailable
@@ -12,12 +12,14 @@ from rlhf_doctor.facts import Unavailable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Called", "Caller", "float_tensors", "pick", "takes_texts"]
+__all__ = ["CACHES", "Called", "Caller", "cache_argument", "float_tensors", "pick", "takes_texts"]
 
 IDS_NAMES = ("input_ids", "ids", "token_ids", "tokens", "idx", "x", "input", "inputs", "sequences", "seq")
 TEXT_NAMES = ("prompts", "prompt", "responses", "response", "completions", "completion", "texts", "text", "queries")
+# What a forward calls its key-value cache; transformers said past_key_values until 5.24, and cache since.
+CACHES = ("past_key_values", "cache", "past_key_value", "past", "kv_cache", "kv", "layer_past", "past_kv")
 SKIPPED_OUTPUTS = (
-    "past_key_values",
+    *CACHES,
     "hidden_states",
     "attentions",
     "cache_params",
@@ -41,6 +43,12 @@ class Called:
     where: str
     raw: Any
     all_shapes: Mapping[str, tuple[int, ...]]
+
+
+def cache_argument(parameters: Collection[str]) -> tuple[str | None, bool]:
+    """The parameter of a forward that takes its key-value cache, and whether it is transformers' own convention."""
+    name = next((n for n in CACHES if n in parameters), None)
+    return name, name in ("past_key_values", "cache") and "use_cache" in parameters
 
 
 def takes_texts(function: Callable[..., Any]) -> bool:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.facts import Broken, Unavailable, role_fact
 from rlhf_doctor.finding import Stage
-from rlhf_doctor.instruments.calling import IDS_NAMES, pick
+from rlhf_doctor.instruments.calling import CACHES, IDS_NAMES, cache_argument, pick
 from rlhf_doctor.instruments.readings import Inputs, Invariance, Output, Shift
 
 if TYPE_CHECKING:
@@ -153,12 +153,11 @@ def _with_cache(live: Live, text: tuple[int, ...]) -> torch.Tensor:
     import torch
 
     parameters = live.caller.signature
-    name = next((n for n in CACHES if n in parameters), None)
+    name, theirs = cache_argument(parameters)
     if getattr(getattr(live.model, "config", None), "is_encoder_decoder", False):
         raise Unavailable("an encoder-decoder is decoded in another way")
     if name is None or live.caller.custom is not None:
-        raise Unavailable("the model's forward takes no past_key_values")
-    theirs = name == "past_key_values" and "use_cache" in parameters
+        raise Unavailable("the model's forward takes no key-value cache")
     cache: Any = None
     logits = []
     for position, token in enumerate(text):
@@ -179,9 +178,6 @@ def _with_cache(live: Live, text: tuple[int, ...]) -> torch.Tensor:
             raise Unavailable("the model gives no logits for one token")
         logits.append(called.tensor.reshape(-1, called.tensor.shape[-1])[-1].double().cpu())
     return following(torch.stack(logits), text)
-
-
-CACHES = ("past_key_values", "past_key_value", "past", "kv_cache", "cache", "kv", "layer_past", "past_kv")
 
 
 def _one_more(

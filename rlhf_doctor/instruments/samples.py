@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.facts import Broken, Unavailable, role_fact
 from rlhf_doctor.finding import Role, Stage
-from rlhf_doctor.instruments.calling import pick
+from rlhf_doctor.instruments.calling import CACHES, cache_argument, pick
 from rlhf_doctor.instruments.readings import Manifest, Output, Parameters
 
 if TYPE_CHECKING:
@@ -151,16 +151,17 @@ def _next_logits(live: Live, ids: torch.Tensor, cache: Any, cached: bool) -> tup
     import torch
 
     parameters = live.caller.signature
-    if cached and live.caller.custom is None and "past_key_values" in parameters and "use_cache" in parameters:
+    name, theirs = cache_argument(parameters)
+    if cached and live.caller.custom is None and name and theirs:
         step = ids if cache is None else ids[:, -1:]
         more: dict[str, Any] = {}
         if "position_ids" in parameters:
             more["position_ids"] = torch.arange(ids.shape[1] - step.shape[1], ids.shape[1], device=ids.device)[None]
         try:
             raw = live.module(
-                input_ids=step, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True, **more
+                input_ids=step, attention_mask=torch.ones_like(ids), use_cache=True, **{name: cache}, **more
             )
-            following = raw.get("past_key_values") if isinstance(raw, Mapping) else None
+            following = next((raw[n] for n in CACHES if n in raw), None) if isinstance(raw, Mapping) else None
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
             following = None  # a cache that cannot be used is another check's matter; sampling goes on without
         if following is not None:

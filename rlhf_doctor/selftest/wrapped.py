@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
@@ -107,23 +108,24 @@ def t5(setup: Any) -> Any:
 def forget_positions(lm: Any) -> Any:
     """A Hugging Face language model that is told position 0 for the first token of every call."""
     inner = lm.forward
+    name = "cache" if "cache" in inspect.signature(inner).parameters else "past_key_values"  # renamed in 5.24
 
     def forward(
         input_ids: Any = None,
         attention_mask: Any = None,
         position_ids: Any = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         use_cache: Any = None,
         **more: Any,
     ) -> Any:
-        if past_key_values is not None:
+        if cache is not None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         return inner(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            **{name: cache},
             **more,
         )
 
