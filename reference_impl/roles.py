@@ -20,12 +20,21 @@ from torch import Tensor, nn
 
 from reference_impl import ops, scale
 
-__all__ = ["Models", "critic_from_reward", "frozen_copy", "hidden_states", "positions", "response_logprobs", "scalars"]
+__all__ = [
+    "Models",
+    "critic_from_reward",
+    "frozen_copy",
+    "hidden_states",
+    "positions",
+    "response_logprobs",
+    "scalar_head",
+    "scalars",
+]
 
 
 @dataclass(frozen=True)
 class Models:
-    """Policy and reference are causal language models; reward and value end in a linear head `score` of one output."""
+    """Policy and reference are causal language models; reward and value end in a linear head of one output."""
 
     policy: Any
     reference: Any
@@ -50,11 +59,17 @@ def critic_from_reward(reward: Any, token_classifier: Any) -> Any:
     Its head may have a bias, which is set to 0. It stays trainable, in eval mode, since dropout is off in PPO.
     """
     token_classifier.base_model.load_state_dict(reward.base_model.state_dict())
+    head = scalar_head(token_classifier)
     with torch.no_grad():
-        token_classifier.score.weight.copy_(reward.score.weight)
-        if token_classifier.score.bias is not None:
-            nn.init.zeros_(token_classifier.score.bias)
+        head.weight.copy_(scalar_head(reward).weight)
+        if head.bias is not None:
+            nn.init.zeros_(head.bias)
     return token_classifier.eval().requires_grad_(True)
+
+
+def scalar_head(model: Any) -> Any:
+    """The linear head of one output: `score`, which GPT-2's and NeoX's token classifiers call `classifier`."""
+    return model.score if hasattr(model, "score") else model.classifier
 
 
 def positions(attention_mask: Tensor) -> Tensor:
@@ -73,7 +88,7 @@ def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
 @scale.forward
 def scalars(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
     """The scalar head at every token: ids and mask (B, L) → (B, L)."""
-    out: Tensor = model.score(hidden_states(model, ids, attention_mask))
+    out: Tensor = scalar_head(model)(hidden_states(model, ids, attention_mask))
     return out.squeeze(-1).clone()
 
 

@@ -1,0 +1,88 @@
+"""Stopping and going on: the whole state of a run, in a folder that is complete or is not there.
+
+A state is written to `NNNNNN.partial`, which then gets its name NNNNNN; older ones go only after that. The parts of
+sharded models are written by their processes, and any number of processes can go on from them.
+Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import save as write
+
+from reference_impl import scale
+from reference_impl.roles import Models
+
+__all__ = ["latest", "load", "save"]
+
+Optimizers = Sequence[torch.optim.Optimizer]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete state in the folder."""
+    return max((path for path in folder.glob("*") if path.name.isdecimal()), default=None, key=lambda path: path.name)
+
+
+def _state(models: Models, optimizers: Optimizers, control: Any) -> dict[str, Any]:
+    roles = {"policy": models.policy, "value": models.value}
+    return {
+        **{
+            role: get_state_dict(model, optimizer)
+            for (role, model), optimizer in zip(roles.items(), optimizers, strict=True)
+        },
+        "control": getattr(control, "state_dict", dict)(),
+        "generators": [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else []),
+    }
+
+
+def save(folder: Path, iteration: int, models: Models, optimizers: Optimizers, control: Any) -> None:
+    """Writes models, optimizers, KL controller and random generators after an iteration, from the first on.
+
+    Raises OSError, in one sentence, when it cannot be written; the state before is then still there.
+    """
+    path, partial = folder / f"{iteration:06d}", folder / f"{iteration:06d}.partial"
+    before = latest(folder)
+    try:
+        if scale.rank() == 0:
+            for left in folder.glob("*.partial"):
+                shutil.rmtree(left)
+            partial.mkdir(parents=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what is meant
+            write(_state(models, optimizers, control), checkpoint_id=partial, no_dist=scale.world() == 1)
+        if scale.rank() == 0:
+            partial.rename(path)
+            for old in folder.glob("*"):
+                if old.name < path.name:
+                    shutil.rmtree(old)
+    except (CheckpointException, OSError) as error:
+        why = next((x for x, _ in error.failures.values()), error) if isinstance(error, CheckpointException) else error
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = f"the last good state is {before}" if before else "there is no earlier state"
+        raise OSError(f"iteration {iteration} could not be saved in {folder} ({why}); {kept}") from error
+
+
+def load(path: Path, models: Models, optimizers: Optimizers, control: Any) -> int:
+    """Puts a state back into models, optimizers, controller and generators; returns its iteration."""
+    state = _state(models, optimizers, control)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is")
+        read(state, checkpoint_id=path, no_dist=scale.world() == 1)
+    for model, optimizer, role in zip((models.policy, models.value), optimizers, ("policy", "value"), strict=True):
+        weights, moments = state[role]
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        optimizer.zero_grad()
+    getattr(control, "load_state_dict", lambda _: None)(state["control"])
+    torch.set_rng_state(state["generators"][0])
+    for generator in state["generators"][1:]:
+        torch.cuda.set_rng_state(generator)
+    return int(path.name)
