@@ -61,7 +61,7 @@ class Fact:
     per_role: bool
     measure: Callable[..., Any]
 
-    @property
+    @functools.cached_property
     def needs(self) -> Mapping[str, bool]:
         """Parameter name -> whether the fact cannot do without it."""
         parameters = inspect.signature(self.measure).parameters.values()

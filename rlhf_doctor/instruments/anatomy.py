@@ -84,6 +84,10 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+NUMBERED = re.compile(r"\.\d+\.")
+IN_LAYER = re.compile(r"(?:^|\.)(layers|h|blocks|block)\.(\d+)\.(.+)$")
+
+
 @dataclass(frozen=True)
 class Gap:
     """``kind``: "absent", "shape" or "renamed"; ``names`` of tensors; ``expected`` and ``observed`` in words."""
@@ -96,7 +100,7 @@ class Gap:
 
 def wrapper_of(m: Manifest) -> str:
     """The wrapper's prefix that every layer's tensor carries, "" where there is none."""
-    layers = [name for name in m.tensors if re.search(r"\.\d+\.", name)]
+    layers = [name for name in m.tensors if NUMBERED.search(name)]
     return next((w for w in WRAPPERS if layers and all(name.startswith(w) for name in layers)), "")
 
 
@@ -119,7 +123,7 @@ def _layers(m: Manifest, family: Family | None) -> Iterator[Gap]:
     """Layers without any tensor; in a known family, layers without one that they need."""
     stacks: dict[int, set[str]] = {}
     for name in m.tensors:
-        found = re.search(r"(?:^|\.)(layers|h|blocks|block)\.(\d+)\.(.+)$", name)
+        found = IN_LAYER.search(name)
         if found and (family is None or found[1] == family.stack):
             stacks.setdefault(int(found[2]), set()).add(found[3])
     if not stacks or m.num_layers is None or m.config.get("is_encoder_decoder"):
@@ -157,9 +161,10 @@ def _shapes(m: Manifest, family: Family | None) -> Iterator[Gap]:
     if m.vocab_size and m.embedding_rows and m.embedding_rows != m.vocab_size and family is not None:
         name = next((n for n in m.tensors if n.endswith(EMBEDDINGS)), "embedding")
         yield Gap("shape", (name,), f"{m.vocab_size} rows (vocab_size)", f"{m.embedding_rows} rows")
-    for part, axis in (family.hidden if family else {}).items():
-        for name, info in m.tensors.items():
-            wrong = len(info.shape) == 2 and m.hidden_size and info.shape[axis] != m.hidden_size
-            if name.endswith(f".{part}") and wrong:
+    axes = {f".{part}": axis for part, axis in (family.hidden if family else {}).items()}
+    inputs = {n: info for n, info in m.tensors.items() if len(info.shape) == 2 and n.endswith(tuple(axes))}
+    for part, axis in axes.items():
+        for name, info in inputs.items():
+            if name.endswith(part) and m.hidden_size and info.shape[axis] != m.hidden_size:
                 yield Gap("shape", (name,), f"{m.hidden_size} inputs (hidden size)", f"{info.shape}")
                 break

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = ["COUNTS", "Growth", "growth"]
 
-TEXTS = 8
 STEPS = 8
-LONGEST = 64
 COUNTS = (0, 4, 8, 16)
+# For a small and for a large model.
+TEXTS = (8, 3)
+LONGEST = (64, 32)
 CANDIDATES = (256, 16)
-SMALL = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ def growth(role: Role, models: Models, setup: Any, manifest: Manifest, policy_sa
     live = models.get(role)
     judge = Judge(live, setup, manifest)
     stops = policy_samples.stop_ids
-    texts = _texts(policy_samples)
+    texts = _texts(policy_samples, TEXTS[live.large])
     if len(texts) < 3:
         raise Unavailable("needs three different responses of two words")
     room = min([n for n in (manifest.max_positions,) if n] + [1024]) - max(len(p) for p, _, _ in texts) - 1
-    longest = min(LONGEST, room)
+    longest = min(LONGEST[live.large], room)
     if longest < 2 * STEPS:
         raise Unavailable("the reward's positions are too few to lengthen a response")
     lengths = tuple(longest * (step + 1) // STEPS for step in range(STEPS))
@@ -77,23 +77,22 @@ def growth(role: Role, models: Models, setup: Any, manifest: Manifest, policy_sa
         others = [texts[(index + k) % len(texts)][1] for k in (1, 2)]
         content += [(prompt, (*filled(w, fixed), *end)) for w in [words, *turned, *others]]
     scores = judge.tokens(ladder + content)
-    size = sum(p.numel() for p in live.module.parameters()) if live.is_module else 0
-    repeats = {} if room < max(COUNTS) + 8 else _repeats(judge, setup, texts, CANDIDATES[size > SMALL], stops, room)
+    repeats = {} if room < max(COUNTS) + 8 else _repeats(judge, setup, texts, CANDIDATES[live.large], stops, room)
     rows = [tuple(scores[i : i + STEPS]) for i in range(0, len(ladder), STEPS)]
     rest = scores[len(ladder) :]
     return Growth(lengths, tuple(rows), tuple(tuple(rest[i : i + 5]) for i in range(0, len(rest), 5)), repeats)
 
 
-def _texts(drawn: Samples) -> list[tuple[Ids, list[int], Ids]]:
-    """(prompt, the response's words, its end of sequence) of up to eight different responses."""
+def _texts(drawn: Samples, count: int) -> list[tuple[Ids, list[int], Ids]]:
+    """(prompt, the response's words, its end of sequence) of up to ``count`` different responses."""
     found: dict[Ids, tuple[Ids, list[int], Ids]] = {}
-    step = max(len(drawn.responses) // TEXTS, 1)
+    step = max(len(drawn.responses) // count, 1)
     order = [*range(0, len(drawn.responses), step), *range(len(drawn.responses))]
     for index in order:
         response, ended = drawn.responses[index], drawn.ended[index]
         words = [t for t in response if t not in drawn.stop_ids]
         end = response[-1:] if ended else ()
-        if len(words) >= 2 and len(found) < TEXTS:
+        if len(words) >= 2 and len(found) < count:
             found.setdefault(response, (drawn.prompts[index], words, end))
     return list(found.values())
 

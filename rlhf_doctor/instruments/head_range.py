@@ -36,7 +36,7 @@ def head_range(role: str, models: Models, inputs: Inputs) -> HeadRange:
 
     live = models.get(role)  # type: ignore[arg-type]  # a role fact is only measured for model roles
     _ = live.module
-    ids, mask = padded(inputs.sequences[:2], inputs.pad_id, "right")
+    ids, mask = padded(inputs.sequences[1:2], inputs.pad_id, "right")
     with live.kept():
         with ProjectionDrive() as noted, torch.enable_grad():
             plain = live.read(ids, mask).tensor

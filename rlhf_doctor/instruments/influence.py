@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAP_LENGTH", "influence"]
 
-MAP_LENGTH = 12
+MAP_LENGTH = (12, 9)  # tokens, for a small and for a large model
 # A structural zero is an exact zero of autograd; anything that this share of the row's largest entry is influence.
 FLOOR = 1e-6
 
@@ -36,8 +36,9 @@ def influence(role: str, models: Models, inputs: Inputs) -> Influence:
     live = models.get(role)  # type: ignore[arg-type]  # a role fact is only measured for model roles
     _ = live.module
     longest = max(inputs.sequences, key=len)
-    rows = MAP_LENGTH + (role == "reward")  # the last one for the score, where it is one per sequence
-    ids = torch.tensor([list(longest[:MAP_LENGTH])] * rows, device=live.device)
+    length = MAP_LENGTH[live.large]
+    rows = length + (role == "reward")  # the last one for the score, where it is one per sequence
+    ids = torch.tensor([list(longest[:length])] * rows, device=live.device)
     with live.kept(), torch.enable_grad():
         mapped = _by_gradient(live, ids)
         if mapped is None:

@@ -21,6 +21,7 @@ __all__ = ["invariance"]
 # Share of the output's spread over states that rounding explains. float32 forward passes of these sizes differ by
 # some 1e-6 of it between batch shapes, bfloat16 by a few 1e-2; a wrong mask or position moves it by tenths.
 RELATIVE = {"float64": 1e-6, "float32": 2e-3, "bfloat16": 0.2, "float16": 0.05}
+CACHED = 6  # tokens that are decoded with the cache: each reads all weights once
 EPSILON = {"float64": 2e-16, "float32": 1.2e-7, "bfloat16": 7.8e-3, "float16": 9.8e-4}
 
 
@@ -63,24 +64,28 @@ def invariance(role: str, setup: Any, models: Models, inputs: Inputs, output: Ou
             shifts[name] = Shift(
                 float((moved - alone).abs().max()), tolerance, scale, f"beside {len(rows) - 1} longer texts"
             )
+            if not shifts[name].moved:  # what other texts and pads together do not move, other texts do not
+                shifts.setdefault("neighbours", shifts[name])
+                continue
             beside = _numbers(live, *padded([text, changed[-1]], inputs.pad_id, side, len(rows[-1])), text)
             change = Shift(float((beside - moved).abs().max()), tolerance, scale, f"other neighbours, {side} padding")
             if "neighbours" not in shifts or not change.largest <= shifts["neighbours"].largest:
                 shifts["neighbours"] = change
         if role in ("policy", "reference"):
             try:
-                cached = _with_cache(live, text)
-                shifts["cache"] = Shift(float((cached - alone).abs().max()), tolerance, scale, "one token at a time")
+                cached = _with_cache(live, text[:CACHED])
+                apart = (cached - alone[: len(cached)]).abs().max()
+                shifts["cache"] = Shift(float(apart), tolerance, scale, "one token at a time")
             except Unavailable as reason:
                 undecided["cache"] = str(reason)
     mode = "train" if getattr(live.model, "training", False) else "eval"
 
     def repeated(evaluating: bool, detail: str) -> Shift:
-        batch = padded(inputs.sequences, inputs.pad_id, "right")
+        many = alone.numel() > 4  # few numbers can come out the same twice by chance, many hardly
+        batch = padded([text] if many else inputs.sequences, inputs.pad_id, "right")
         with torch.no_grad(), live.kept(evaluating=evaluating):
             first = _numbers(live, *batch, text, once=True, every=True)
-            # Few numbers can come out the same twice by chance, many hardly.
-            again = [_numbers(live, *batch, text, every=True) for _ in range(1 if first.numel() > 4 else 2)]
+            again = [_numbers(live, *batch, text, every=True) for _ in range(1 if many else 2)]
         return Shift(max(float((other - first).abs().max()) for other in again), tolerance, scale, detail)
 
     shifts["repeat"] = repeated(False, f"twice, in {mode} mode")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -91,15 +92,12 @@ def describe(
     rows = [
         info.shape[0]
         for name, info in tensors.items()
-        if name.endswith(EMBEDDINGS) and len(info.shape) == 2 and "position" not in name and "token_type" not in name
+        if len(info.shape) == 2 and name.endswith(EMBEDDINGS) and "position" not in name and "token_type" not in name
     ]
     weights = Counter[str]()
     for info in tensors.values():
         if info.dtype.startswith(("F", "BF")):
-            count = 1
-            for size in info.shape:
-                count *= size
-            weights[info.dtype] += count
+            weights[info.dtype] += math.prod(info.shape)
     return Manifest(
         role=role,
         raw_config=raw_config,
@@ -123,15 +121,18 @@ def heads_of(tensors: Mapping[str, TensorInfo]) -> tuple[Head, ...]:
     for name, info in tensors.items():
         if len(info.shape) != 2:
             continue
-        parts = name.lower().split(".")
-        if name.endswith(VOCABULARY_HEADS) and info.shape[0] > 8:
-            heads.append(Head("vocabulary", name, info.shape[0]))
-        elif name.endswith("weight") and any(part in SCALAR_HEADS or part.endswith("_head") for part in parts[:-1]):
+        if info.shape[0] > 8:
+            if name.endswith(VOCABULARY_HEADS):
+                heads.append(Head("vocabulary", name, info.shape[0]))
+            continue
+        if not name.endswith("weight"):
+            continue
+        if any(part in SCALAR_HEADS or part.endswith("_head") for part in name.lower().split(".")[:-1]):
             if info.shape[0] == 1:
                 heads.append(Head("scalar", name, 1))
-            elif info.shape[0] <= 8 and not any(h.name.startswith(name.rsplit(".", 2)[0]) for h in heads):
+            elif not any(h.name.startswith(name.rsplit(".", 2)[0]) for h in heads):
                 heads.append(Head("labels", name, info.shape[0]))
-        elif name.endswith("weight") and info.shape[0] == 1 and info.shape[1] > 1 and "layers." not in name:
+        elif info.shape[0] == 1 and info.shape[1] > 1 and "layers." not in name:
             heads.append(Head("scalar", name, 1))
     return tuple(heads)
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Live", "Models", "generators_kept", "padded"]
 
+SMALL = 20_000_000  # parameters: a laptop's core takes about a hundredth of a second for a text of 16 tokens
+
 
 @contextmanager
 def generators_kept(seed: int | None = None) -> Iterator[None]:
@@ -128,6 +130,11 @@ class Live:
         self.texts = not self.is_module and takes_texts(model)
         self.score_head: Any = None
         self.remembered: tuple[torch.Tensor, torch.Tensor, Called] | None = None
+
+    @property
+    def large(self) -> bool:
+        """Whether every pass costs so much that a probe should make do with fewer and shorter texts."""
+        return self.is_module and sum(p.numel() for p in self.module.parameters()) > SMALL
 
     def let_go(self) -> None:
         """Drop every reference to the model; nothing can be called afterwards."""

@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["PairScores", "preferences"]
 
-# At most this many pairs, fewer for a reward of more than 20 million parameters: 256 tell an accuracy of 0.5 from one
+# At most this many pairs, fewer for a reward that is large: 256 tell an accuracy of 0.5 from one
 # of 0.6 with certainty, 64 from one of 0.7.
 PAIRS = (256, 64)
-SMALL = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ def preferences(role: Role, models: Models, setup: Any, manifest: Manifest) -> P
     from rlhf_doctor.instruments.judging import Judge
 
     live = models.get(role)
-    size = sum(p.numel() for p in live.module.parameters()) if live.is_module else 0
-    limit = PAIRS[size > SMALL]
+    limit = PAIRS[live.large]
     given = len(pairs)
     if given > limit:
         pairs = [pairs[i * given // limit] for i in range(limit)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_doctor.facts import Broken, Unavailable, role_fact
 from rlhf_doctor.finding import Role, Stage
 from rlhf_doctor.instruments.calling import CACHES, cache_argument, pick
-from rlhf_doctor.instruments.readings import Manifest, Output, Parameters
+from rlhf_doctor.instruments.readings import Manifest, Output
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,6 @@ __all__ = ["Samples", "samples", "stop_ids"]
 
 DEFAULT_LIMIT = 53  # TRL's response_length
 # A small model is sampled to the length the loop uses; a large one only as far as a laptop gets in some seconds.
-SMALL = 20_000_000
 PROMPTS = (4, 2)
 PER_PROMPT = 8
 LIMITS = (256, 24)
@@ -54,10 +53,8 @@ class Samples:
 
 
 @role_fact(Stage.PROBE)
-def samples(
-    role: Role, models: Models, setup: Any, manifest: Manifest, output: Output, parameters: Parameters
-) -> Samples:
-    """Eight responses to each of up to four prompts (two for a model of more than 20 million parameters).
+def samples(role: Role, models: Models, setup: Any, manifest: Manifest, output: Output) -> Samples:
+    """Eight responses to each of up to four prompts (two for a large model).
 
     Every prompt is a batch of its own, so that no padding is involved. The seed makes the draw the same every time.
 
@@ -70,13 +67,12 @@ def samples(
     if output.kind != "vocabulary" or not output.finite:
         raise Unavailable(f"needs finite logits over the vocabulary to sample from the {role}")
     live = models.get(role)
-    large = parameters.total > SMALL
-    prompts = [p for p in _prompts(setup, manifest) if p][: PROMPTS[large]]
+    prompts = [p for p in _prompts(setup, manifest) if p][: PROMPTS[live.large]]
     if not prompts:
         raise Unavailable("needs prompts")
     wanted = setup.declared.get("response_length")
     wanted = wanted if isinstance(wanted, int) and wanted > 0 else DEFAULT_LIMIT
-    limit = min(wanted, LIMITS[large])
+    limit = min(wanted, LIMITS[live.large])
     if manifest.max_positions:
         limit = min(limit, manifest.max_positions - max(len(p) for p in prompts))
     if limit < 1:

@@ -193,7 +193,8 @@ def _vocabulary(folder: Path, whole: Mapping[str, Any]) -> dict[str, int]:
 def _tokens(path: Path, given: Any) -> dict[str, int]:
     if isinstance(given, list):  # unigram models list (piece, score)
         given = {row[0]: i for i, row in enumerate(given) if isinstance(row, list) and row and isinstance(row[0], str)}
-    if not isinstance(given, dict) or not all(type(i) is int and 0 <= i < 1 << 31 for i in given.values()):
+    ids = given.values() if isinstance(given, dict) else (None,)
+    if set(map(type, ids)) - {int} or not 0 <= min(ids, default=0) <= max(ids, default=0) < 1 << 31:
         raise BadFile(f"{path} should map tokens to ids that are whole numbers, and does not")
     return dict(given)
 

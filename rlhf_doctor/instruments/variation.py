@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LastProjection", "Variation", "variation"]
 
-VARIANTS = 6
+VARIANTS = 4
 ROUNDING = {"float64": 2.2e-16, "float32": 1.2e-7, "bfloat16": 7.8e-3, "float16": 9.8e-4}
 
 
@@ -74,7 +74,7 @@ class Variation:
 
 @role_fact(Stage.PROBE)
 def variation(role: Role, models: Models, inputs: Inputs, output: Output) -> Variation:
-    """Replace half of a text's tokens, six times each half, and see what the output does.
+    """Replace half of a text's tokens, four times each half, and see what the output does.
 
     Raises:
         Unavailable: the role is a function, a language model, or gives no scalar.
