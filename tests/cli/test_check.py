@@ -52,7 +52,7 @@ def test_without_a_target_the_reference_is_examined_and_healthy(doctor: Any, tmp
 )
 def test_exit_codes_follow_the_severity(doctor: Any, healthy_files: Any, options: list[str], code: int) -> None:
     folder = healthy_files.path("policy")
-    chosen = ["--stage", "static", "--select", "KLD001", "--set", "kl_coef=-0.1"]
+    chosen = ["--stage", "static", "--select", "KLD001", "--set", "kl_coef=0.05", "--set", "kl_in=none"]  # a warning
     ran = doctor("check", "--policy", folder, *chosen, "--format", "json", "-o", "-", *options)
     report = json.loads(ran.stdout)
     assert ran.returncode == code, [f["code"] for f in report["findings"]]
