@@ -15,7 +15,7 @@ from rlhf_doctor.instruments.readings import Manifest, Output
     "the policy gives one distribution over the vocabulary per token",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("SYS002", "PRE004"),
+    after=("PRE004",),
 )
 def policy_output_shape(policy_output: Output, policy_manifest: Manifest) -> Iterator[Finding]:
     """

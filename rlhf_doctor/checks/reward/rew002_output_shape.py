@@ -27,7 +27,7 @@ MEANINGS = {
     "the reward model gives one free number per sequence",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("SYS002", "PRE004"),
+    after=("PRE004",),
 )
 def reward_output_shape(
     reward_output: Output,

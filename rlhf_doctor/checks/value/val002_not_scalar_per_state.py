@@ -16,7 +16,7 @@ from rlhf_doctor.instruments.variation import Variation
     "the critic gives one scalar per state",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
-    after=("SYS002", "PRE004"),
+    after=("PRE004",),
 )
 def value_not_scalar_per_state(value_output: Output, value_variation: Variation | None = None) -> Iterator[Finding]:
     """
