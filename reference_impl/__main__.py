@@ -1,79 +1,176 @@
-"""The whole pipeline on the built-in task: python -m reference_impl --out DIR."""
+"""Four-model RLHF from one command: SFT, reward modelling and PPO on the built-in task, or PPO on models from disk.
+
+  python -m reference_impl --out DIR
+  python -m reference_impl --out DIR --policy DIR --reward DIR --prompts FILE
+  torchrun --nproc-per-node 2 -m reference_impl --out DIR
+
+A run that was stopped goes on with the same command and --resume. DIR gets the four models in Hugging Face's format,
+metrics.jsonl with a row an iteration, curves.html and settings.json; in DIR/state is what --resume needs.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import shutil
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 from typing import Any
 
+import torch
+import transformers
 
-def main(arguments: list[str] | None = None) -> None:
-    """SFT, reward modelling, PPO; writes the four checkpoints, settings.json and a log of each phase as JSON lines."""
-    parser = argparse.ArgumentParser(prog="python -m reference_impl", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and logs")
+from reference_impl import checkpoints, curves, loading, ppo, rollout, scale, setup, task
+
+SHOWN = ("gold", "score", "kl", "entropy", "explained_variance", "clip_fraction", "eos_rate")
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Settings]:
+    """The options; every field of ppo.Settings is one. Its defaults are the task's, or those for models from disk."""
+    parser = argparse.ArgumentParser(
+        "python -m reference_impl", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all that the run writes")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest state in DIR/state")
+    parser.add_argument("--save-every", type=int, default=50, metavar="N", help="iterations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=150, help="of PPO (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="responses an iteration (default: %(default)s)")
-    parser.add_argument("--kl-coef", type=float, default=0.05, help="weight of the KL penalty (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=8192, help="for reward modelling (default: %(default)s)")
-    parser.add_argument("--noise", type=float, default=0.1, help="share of turned labels (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=80, help="of PPO (default: %(default)s)")
+    disk = parser.add_argument_group("models from disk, instead of the built-in task")
+    for role in ("policy", "reward", "value", "tokenizer"):
+        disk.add_argument(f"--{role}", type=Path, metavar="DIR")
+    disk.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines with 'prompt' in a .jsonl"
+    )
+    built_in = parser.add_argument_group("built-in task")
+    built_in.add_argument("--pairs", type=int, default=4096, help="for reward modelling (default: %(default)s)")
+    built_in.add_argument("--noise", type=float, default=0.25, help="of their labels (default: %(default)s)")
+    algorithm = parser.add_argument_group("PPO")
+    algorithm.add_argument("--kl-target", type=float, metavar="X", help="nats a response; adapts the KL coefficient")
+    algorithm.add_argument("--kl-horizon", type=int, default=10000, metavar="X", help="default: %(default)s")
+    for field in dataclasses.fields(ppo.Settings):
+        default, on_task, on_disk = (getattr(s, field.name) for s in (ppo.Settings(), setup.TASK, setup.DISK))
+        kind: dict[str, Any] = {"type": int if default is None else type(default), "metavar": "X"}
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        told = f"default: {on_task}" + (f", from disk {on_disk}" if on_task != on_disk else "")
+        algorithm.add_argument("--" + field.name.replace("_", "-"), help=told, default=argparse.SUPPRESS, **kind)
     given = parser.parse_args(arguments)
-    given.out.mkdir(parents=True, exist_ok=True)
-
-    import torch
-
-    from reference_impl import ppo, reward_modeling, rollout, setup, task
-
-    begun = time.perf_counter()
-
-    def say(text: str) -> None:
-        print(f"{time.perf_counter() - begun:6.1f} s  {text}", flush=True)
-
-    # 1. Supervised fine-tuning and reward modelling.
-    logs = {name: open(given.out / f"{name}.jsonl", "w") for name in ("sft", "reward", "metrics")}  # noqa: SIM115
-
-    def report(phase: str, i: int, loss: float) -> None:
-        logs[phase].write(json.dumps({"step": i, "loss": loss}) + "\n")
-        if i % 32 == 0:
-            say(f"{phase:<6} batch {i:4d}  loss {loss:.3f}")
-
+    if len({given.policy is None, given.reward is None, given.prompts is None}) > 1:
+        parser.error("--policy, --reward and --prompts go together")
+    changed = {f.name: getattr(given, f.name) for f in dataclasses.fields(ppo.Settings) if hasattr(given, f.name)}
     try:
-        models = setup.build_models(given.seed, trained=True, pairs=given.pairs, noise=given.noise, report=report)
-        pairs = task.preference_pairs(512, Random(f"held out {given.seed}"))
-        right = reward_modeling.accuracy(models.reward, models.tokenizer, pairs)
-        say(f"reward accuracy {right:.3f} on unseen pairs with clean labels")
+        return given, dataclasses.replace(setup.DISK if given.policy else setup.TASK, **changed)
+    except ValueError as error:
+        parser.error(str(error))
 
-        # 2. PPO, with the gold score of every response beside the reward model's.
-        gold = list[float]()
 
-        def score(reward: Any, drawn: rollout.Rollout, **options: Any) -> torch.Tensor:
-            decode, P = models.tokenizer.batch_decode, drawn.ids.shape[1] - drawn.mask.shape[1]
-            texts = (decode(ids, skip_special_tokens=True) for ids in (drawn.ids[:, :P], drawn.response))
-            gold.extend(map(task.gold_score, *texts))
-            return rollout.score(reward, drawn, **options)
-
-        s = ppo.Settings(batch_size=given.batch_size, critic_learning_rate=3e-4, kl_coef=given.kl_coef)
-        whole = setup.assemble(models, task.prompts(), pairs, s, ppo.Parts(score=score))
-        (given.out / "settings.json").write_text(json.dumps(whole["declared"], indent=2) + "\n")
-        torch.manual_seed(given.seed)
-        for i in range(1, given.iterations + 1):
-            gold.clear()
-            row = {"step": i, "gold": 0.0, **whole["step"]()}
-            row["gold"] = sum(gold) / len(gold)
-            logs["metrics"].write(json.dumps(row) + "\n")
-            if i % 10 == 0 or i == given.iterations:
-                shown = ("gold", "score", "kl", "entropy", "explained_variance", "eos_rate")
-                say(f"ppo    {i:4d}  " + "  ".join(f"{name} {row[name]:.2f}" for name in shown))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the pipeline. Whatever stops it that the user can mend is said in one sentence, with exit code 1."""
+    given, settings = parse(arguments)
+    try:
+        run(given, settings)
+    except (loading.Unusable, OSError, FloatingPointError) as error:
+        sys.exit(f"python -m reference_impl: {error}")
+    except KeyboardInterrupt:
+        sys.exit("python -m reference_impl: stopped; the same command with --resume goes on from the last saved state")
     finally:
-        for log in logs.values():
-            log.close()
+        scale.finish()
 
-    # 3. The four models, each with the tokenizer.
-    for role, folder in setup.save_checkpoints(whole, given.out).items():
+
+def run(given: argparse.Namespace, s: ppo.Settings) -> None:
+    """The pipeline, in the order it runs. Raises Unusable, OSError or FloatingPointError with one sentence."""
+    begun, out, device, first = time.perf_counter(), given.out, scale.start(), scale.rank() == 0
+    out.mkdir(parents=True, exist_ok=True)
+    saved = checkpoints.latest(out / "state") if given.resume else None
+    if given.resume and saved is None:
+        raise loading.Unusable(f"there is no saved state in {out / 'state'} to go on from")
+
+    def say(text: str, end: str = "\n") -> None:
+        if first:
+            print(f"{time.perf_counter() - begun:6.1f} s  {text}", end=end, flush=True)
+
+    transformers.utils.logging.disable_progress_bar()
+
+    # 1. The models: from disk, or from supervised fine-tuning and reward modelling.
+    prompts, summary = task.prompts(), dict[str, float]()
+    if given.policy:
+        models = loading.load_models(given.policy, given.reward, given.value, given.tokenizer)
+        prompts = loading.load_prompts(given.prompts, models, s.response_length)
+    elif saved:
+        models = loading.load_models(out / "reference", out / "reward")
+    else:
+
+        def report(phase: str, i: int, loss: float) -> None:
+            if i % 32 == 0:
+                say(f"{phase:<6} batch {i:4d}  loss {loss:.3f}")
+
+        models = setup.build_models(given.seed, trained=True, pairs=given.pairs, noise=given.noise, report=report)
+        summary = setup.judge_reward(models, given.seed, given.noise)
+        say("reward " + "  ".join(f"{name} {x:.3f}" for name, x in summary.items()))
+    for role in setup.ROLES:
+        getattr(models, role).to(device)
+    if first and saved is None:
+        shutil.rmtree(out / "state", ignore_errors=True)
+        setup.save_checkpoints(vars(models), out, ("reference", "reward"))
+    for role in setup.ROLES:
+        scale.shard(getattr(models, role))
+
+    # 2. PPO. On the task the gold score of every response is kept beside the reward model's.
+    gold = list[float]()
+
+    def sample(*arguments: Any, **options: Any) -> rollout.Rollout:
+        drawn = rollout.sample(*arguments, **options)
+        gold[:] = [] if given.policy else setup.gold_scores(models.tokenizer, drawn)
+        return drawn
+
+    control = ppo.AdaptiveKL(s.kl_coef, given.kl_target, given.kl_horizon) if given.kl_target else None
+    whole = setup.assemble(models, prompts, [], s, ppo.Parts(sample=sample), control)
+    moving, done, rows = (models, whole["optimizers"], whole["state"]), 0, list[dict[str, float]]()
+    told, log = json.dumps({"seed": given.seed, **whole["declared"]}, indent=2), out / "metrics.jsonl"
+    torch.manual_seed(given.seed)
+    if saved:
+        if (out / "settings.json").read_text() != told:
+            raise loading.Unusable(f"{out} was begun with other settings; {out / 'settings.json'} tells which")
+        done = checkpoints.load(saved, *moving)
+        rows = [json.loads(line) for line in log.read_text().splitlines()[:done]]
+        say(f"going on after iteration {done}")
+    if first:
+        (out / "settings.json").write_text(told)
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for i in range(done + 1, given.iterations + 1):
+        try:
+            row = {"step": i, **whole["step"]()}
+        except FloatingPointError as error:
+            raise FloatingPointError(f"iteration {i} stopped before an update that is not finite: {error}") from error
+        if gold:
+            row["gold"] = sum(gold) / len(gold)
+        rows.append(row)
+        last = i == given.iterations
+        if first:
+            with log.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        if i % given.save_every == 0 or last:
+            checkpoints.save(out / "state", i, *moving)
+        if first and (i % 10 == 0 or last):
+            (out / "curves.html").write_text(curves.page(f"PPO, seed {given.seed}", f"{i} iterations", {"run": rows}))
+        live = sys.stdout.isatty() and i % 10 and not last
+        if first and (live or i % 10 == 0 or last):
+            figures = "  ".join(f"{name} {row[name]:.2f}" for name in SHOWN if name in row)
+            say(f"ppo {i:4d}/{given.iterations}  {figures}", "\r" if live else "\n")
+
+    # 3. The four models, each with the tokenizer; and on the task, what PPO has gained.
+    for role, folder in setup.save_checkpoints(vars(models), out).items():
         say(f"{role} in {folder}")
+    if not given.policy:
+        before, after = (setup.mean_gold(model, models.tokenizer) for model in (models.reference, models.policy))
+        gain = (after - before) / (task.OPTIMUM - before)
+        say(f"gold {before:.3f} before PPO and {after:.3f} after it: {gain:.0%} of the way to the optimum")
+        summary |= {"gold_before": before, "gold_after": after, "gain": gain}
+    if first:
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":

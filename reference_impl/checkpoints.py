@@ -32,20 +32,20 @@ def latest(folder: Path) -> Path | None:
     return max((path for path in folder.glob("*") if path.name.isdecimal()), default=None, key=lambda path: path.name)
 
 
-def _state(models: Models, optimizers: Optimizers, control: Any) -> dict[str, Any]:
+def _state(models: Models, optimizers: Optimizers, others: Sequence[Any]) -> dict[str, Any]:
     roles = {"policy": models.policy, "value": models.value}
     return {
         **{
             role: get_state_dict(model, optimizer)
             for (role, model), optimizer in zip(roles.items(), optimizers, strict=True)
         },
-        "control": getattr(control, "state_dict", dict)(),
+        "others": [other.state_dict() for other in others],
         "generators": [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else []),
     }
 
 
-def save(folder: Path, iteration: int, models: Models, optimizers: Optimizers, control: Any) -> None:
-    """Writes models, optimizers, KL controller and random generators after an iteration, from the first on.
+def save(folder: Path, iteration: int, models: Models, optimizers: Optimizers, others: Sequence[Any]) -> None:
+    """Writes models, optimizers, others (an adaptive KL coefficient) and generators, after one iteration or more.
 
     Raises OSError, in one sentence, when it cannot be written; the state before is then still there.
     """
@@ -58,7 +58,7 @@ def save(folder: Path, iteration: int, models: Models, optimizers: Optimizers, c
             partial.mkdir(parents=True)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is")  # one process is what is meant
-            write(_state(models, optimizers, control), checkpoint_id=partial, no_dist=scale.world() == 1)
+            write(_state(models, optimizers, others), checkpoint_id=partial, no_dist=scale.world() == 1)
         if scale.rank() == 0:
             partial.rename(path)
             for old in folder.glob("*"):
@@ -71,9 +71,9 @@ def save(folder: Path, iteration: int, models: Models, optimizers: Optimizers, c
         raise OSError(f"iteration {iteration} could not be saved in {folder} ({why}); {kept}") from error
 
 
-def load(path: Path, models: Models, optimizers: Optimizers, control: Any) -> int:
-    """Puts a state back into models, optimizers, controller and generators; returns its iteration."""
-    state = _state(models, optimizers, control)
+def load(path: Path, models: Models, optimizers: Optimizers, others: Sequence[Any]) -> int:
+    """Puts a state back into models, optimizers, others and generators; returns its iteration."""
+    state = _state(models, optimizers, others)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")
         read(state, checkpoint_id=path, no_dist=scale.world() == 1)
@@ -81,7 +81,8 @@ def load(path: Path, models: Models, optimizers: Optimizers, control: Any) -> in
         weights, moments = state[role]
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
         optimizer.zero_grad()
-    getattr(control, "load_state_dict", lambda _: None)(state["control"])
+    for other, its in zip(others, state["others"], strict=True):
+        other.load_state_dict(its)
     torch.set_rng_state(state["generators"][0])
     for generator in state["generators"][1:]:
         torch.cuda.set_rng_state(generator)

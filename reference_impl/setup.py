@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -10,17 +10,21 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from reference_impl import ppo, reward_modeling, roles, sft, task
+from reference_impl import ppo, reward_modeling, roles, scale, sft, task
 from reference_impl.roles import Models
-from reference_impl.rollout import encode_prompts, sample
+from reference_impl.rollout import Rollout, encode_prompts, sample
 
 __all__ = ["assemble", "build_models", "build_setup", "build_tokenizer", "save_checkpoints"]
 
 POSITIONS = 64  # more than the longest prompt (10 tokens) and response (20)
 hf: Any = transformers  # its constructors are not annotated
 ROLES = ("policy", "reference", "reward", "value")
+TASK = ppo.Settings(batch_size=64, learning_rate=3e-4, critic_learning_rate=3e-4, kl_coef=0.05)  # what suits the task
+DISK = ppo.Settings(learning_rate=3e-6, critic_learning_rate=3e-6, response_length=64)  # learning rates of [N+]
 
 
 def build_tokenizer() -> Any:
@@ -68,12 +72,12 @@ def build_models(
     trained: bool,
     pairs: int = 2048,
     noise: float = 0.0,
-    report: Callable[[str, int, float], None] = lambda *_: None,
+    report: Callable[[str, int, float], Any] = lambda *_: None,
 ) -> Models:
     """The four models, after SFT and reward modelling, or with random weights if not `trained`.
 
-    The reward model sees that many `pairs`, of which `noise` is the share with turned labels. `report` is called with
-    the phase ("sft" or "reward"), the batch's number and its loss. Leaves the global generators alone.
+    The reward model sees that many `pairs`, with labels of that `noise`. `report` is called with the phase ("sft" or
+    "reward"), the batch's number and its loss. Leaves the global generators alone.
     """
     rng, tokenizer = Random(seed), build_tokenizer()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -164,18 +168,50 @@ def build_setup(seed: int = 0, *, trained: bool = True) -> dict[str, Any]:
     return assemble(build_models(seed, trained=trained), task.prompts(), held_out)
 
 
-def save_checkpoints(setup: dict[str, Any], folder: str | Path) -> dict[str, Path]:
-    """Writes the four models, each with the tokenizer, to folder/policy, /reference, /reward and /value as safetensors.
+def judge_reward(models: Models, seed: int, noise: float) -> dict[str, float]:
+    """Accuracy on unseen pairs: on labels as noisy as those learnt from, their ceiling, and on clean labels."""
+    noisy = task.preference_pairs(1024, Random(f"held out {seed}"), noise=noise)
+    turned = [task.gold_score(p, chosen) < task.gold_score(p, rejected) for p, chosen, rejected in noisy]
+    clean = [(p, b, a) if wrong else (p, a, b) for wrong, (p, a, b) in zip(turned, noisy, strict=True)]
+    on_noisy, on_clean = (reward_modeling.accuracy(models.reward, models.tokenizer, pairs) for pairs in (noisy, clean))
+    return {"accuracy": on_noisy, "ceiling": 1 - sum(turned) / len(turned), "clean_accuracy": on_clean}
 
-    Returns the four folders by role.
+
+def gold_scores(tokenizer: Any, drawn: Rollout) -> list[float]:
+    """The task's gold score of every response."""
+    prompt = drawn.ids[:, : -drawn.mask.shape[1]]
+    prompts, responses = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompt, drawn.response))
+    return [task.gold_score(*text) for text in zip(prompts, responses, strict=True)]
+
+
+def mean_gold(policy: Any, tokenizer: Any, repeats: int = 8) -> float:
+    """The gold score of `repeats` responses to each of the task's prompts, always from the same random numbers."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        prompt = (x.to(policy.device) for x in encode_prompts(tokenizer, task.prompts() * repeats))
+        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        drawn = sample(policy, *prompt, T=task.RESPONSE_LENGTH, temperature=1.0, eos=eos, pad=pad)
+    return sum(gold := gold_scores(tokenizer, drawn)) / len(gold)
+
+
+def save_checkpoints(setup: Mapping[str, Any], folder: str | Path, roles: Sequence[str] = ROLES) -> dict[str, Path]:
+    """Writes the models, each with the tokenizer, to folder/policy, /reference, /reward and /value as safetensors.
+
+    Returns the folders by role. Raises OSError when the disk is full.
     """
-    folders = {role: Path(folder) / role for role in ROLES}
+    folders = {role: Path(folder) / role for role in roles}
     bar, logging = transformers.utils.logging.is_progress_bar_enabled(), hf.utils.logging
     logging.disable_progress_bar()
     try:
         for role, path in folders.items():
-            setup[role].save_pretrained(path)
-            setup["tokenizer"].save_pretrained(path)
+            weights = get_model_state_dict(
+                setup[role], options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
+            if scale.rank() == 0:
+                setup[role].save_pretrained(path, state_dict=weights)
+                setup["tokenizer"].save_pretrained(path)
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
         if bar:
             logging.enable_progress_bar()

@@ -8,6 +8,7 @@ Pure Python; every draw comes from the generator that is passed in.
 
 from __future__ import annotations
 
+import math
 import re
 from random import Random
 
@@ -84,7 +85,7 @@ def gold_score(prompt: str, response: str) -> float:
 def preference_pairs(count: int, rng: Random, *, noise: float = 0.0) -> list[tuple[str, str, str]]:
     """`count` triples (prompt, chosen, rejected): two answers of one shape, so of equal length, and unequal gold score.
 
-    With probability `noise` a pair's label is turned over; 1 - noise is then the ceiling of any model's accuracy.
+    The annotator is Bradley and Terry's: the better answer is chosen with probability σ(difference in gold / noise).
     """
     asked, pairs = prompts(), list[tuple[str, str, str]]()
     while len(pairs) < count:
@@ -92,6 +93,6 @@ def preference_pairs(count: int, rng: Random, *, noise: float = 0.0) -> list[tup
         a, b = (_answer(_noun(prompt), shape, rng) for _ in range(2))
         gold_a, gold_b = gold_score(prompt, a), gold_score(prompt, b)
         if gold_a != gold_b:
-            turned = rng.random() < noise
+            turned = noise > 0 and rng.random() > 1 / (1 + math.exp(-abs(gold_a - gold_b) / noise))
             pairs.append((prompt, a, b) if (gold_a > gold_b) != turned else (prompt, b, a))
     return pairs
