@@ -12,6 +12,7 @@ from rlhf_doctor.instruments.reach import Held, Reach, is_adapter
 from rlhf_doctor.instruments.readings import Manifest, Parameters
 
 TRAINED: tuple[Role, ...] = ("policy", "value")
+WRAPPING = ("weight", "modules_to_save", "default", "original_module")
 NAMES: Mapping[Role, str] = {"policy": "policy", "value": "critic"}
 
 
@@ -147,10 +148,7 @@ def _head(manifest: Manifest | None) -> str:
 
 def _part(name: str) -> str:
     """The module's own name in a parameter's: ``score`` of ``model.score.modules_to_save.default.weight``."""
-    parts = [
-        part for part in name.split(".") if part not in ("weight", "modules_to_save", "default", "original_module")
-    ]
-    return parts[-1] if parts else ""
+    return next((part for part in reversed(name.split(".")) if part not in WRAPPING), "")
 
 
 def _few(names: Sequence[str]) -> str:

@@ -82,9 +82,7 @@ def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> 
     silent = response <= v.rounding and not any(row[len(row) // 2 :])
     if silent and prompt <= v.rounding and gradient == 0.0:
         what = f"is {v.base:.6g} for every text"
-        advice = (
-            "It should differ between texts: look for a softmax over one label, a saturated sigmoid, a head of zeros."
-        )
+        advice = "It should differ: look for a softmax over one label, a saturated sigmoid, a head of zeros."
     elif silent:
         what = "does not depend on the response"
         advice = "It should be read at the last token of the response."

@@ -13,6 +13,7 @@ from rlhf_doctor.instruments.readings import Manifest, Output, Parameters
 LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification")
 SCALARS = ("scalar per token", "scalar per sequence")
+EACH_ITS_OWN = "reward: one score a sequence, frozen; value: one a token, trained"
 
 
 @check("SYS002", "every role holds its own kind of model", stage=Stage.STATIC, severity=Severity.ERROR)
@@ -135,13 +136,7 @@ def _exchanged(
         "pools a sequence into one score, or only the reward's parameters train. Exchange the two.",
         role="setup",
         confidence=Confidence.MEASURED,
-        evidence=(
-            Evidence(
-                "what reward and value are",
-                "reward: one score a sequence, frozen; value: one a token, trained",
-                observed,
-            ),
-        ),
+        evidence=(Evidence("what reward and value are", EACH_ITS_OWN, observed),),
     )
 
 

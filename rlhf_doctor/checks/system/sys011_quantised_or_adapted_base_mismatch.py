@@ -64,10 +64,7 @@ def _task(role: Role, m: Manifest) -> Iterator[Finding]:
                 role,
                 f"The {role}'s adapter was made for {task}; a language model's is CAUSAL_LM. Use the "
                 "adapter that was trained on the language model.",
-                "task_type",
-                "CAUSAL_LM",
-                str(task),
-                where,
+                Evidence("task_type", "CAUSAL_LM", str(task), where=where),
             )
         return
     heads = [head.name for head in m.heads if head.kind != "vocabulary"]
@@ -78,10 +75,7 @@ def _task(role: Role, m: Manifest) -> Iterator[Finding]:
                 role,
                 "The reward's adapter has task type CAUSAL_LM, so its scalar head was neither trained "
                 "nor saved with it. Use SEQ_CLS, or name the head in modules_to_save.",
-                "task_type",
-                "SEQ_CLS, or the head in modules_to_save",
-                "CAUSAL_LM",
-                where,
+                Evidence("task_type", "SEQ_CLS, or the head in modules_to_save", "CAUSAL_LM", where=where),
             )
     elif not heads and not saved:
         sure = bool(m.tensors) or bool(promised)
@@ -90,10 +84,7 @@ def _task(role: Role, m: Manifest) -> Iterator[Finding]:
             f"The {role}'s adapter (task type {task}) holds no scalar head and its base has none"
             f"{'' if m.tensors else ' that could be read'}: it will be loaded with a random one. Train it "
             "with SEQ_CLS or modules_to_save and save it again.",
-            "tensors of the head",
-            "at least one",
-            "none",
-            where,
+            Evidence("tensors of the head", "at least one", "none", where=where),
             None if sure else Severity.WARNING,
         )
 
@@ -121,10 +112,7 @@ def _base(role: Role, m: Manifest) -> Iterator[Finding]:
             f"The {role}'s adapter does not fit its base: {len(wrong)} of {len(targets)} factors have "
             f"another size, {name} has {size} where the base's matrix is {shape}. Load the base it was "
             "trained on.",
-            "sizes of the low-rank factors",
-            str(shape),
-            str(size),
-            name,
+            Evidence("sizes of the low-rank factors", str(shape), str(size), where=name),
         )
     elif targets and not known:
         name = next(iter(targets))
@@ -132,10 +120,7 @@ def _base(role: Role, m: Manifest) -> Iterator[Finding]:
             role,
             f"The {role}'s adapter changes layers that its base has not, {targets[name]} for one. "
             "Load the base it was trained on.",
-            "layers of the base",
-            targets[name],
-            "absent",
-            name,
+            Evidence("layers of the base", targets[name], "absent", where=name),
         )
 
 
@@ -149,10 +134,7 @@ def _name(role: Role, m: Manifest) -> Iterator[Finding]:
                 role,
                 f"The {role}'s adapter was trained on {trained} and sits on {loaded}. Load it on the "
                 "base it was trained on, unless that is the same model under another name.",
-                "base of the adapter",
-                trained,
-                loaded,
-                "peft_config",
+                Evidence("base of the adapter", trained, loaded, where="peft_config"),
                 Severity.WARNING,
             )
 
@@ -163,11 +145,8 @@ def _plain(name: str) -> str:
     return name
 
 
-def _finding(
-    role: Role, message: str, quantity: str, expected: str, observed: str, where: str, severity: Severity | None = None
-) -> Finding:
-    evidence = (Evidence(quantity, expected, observed, where=where),)
-    return Finding(message, role=role, severity=severity, confidence=Confidence.PROVEN, evidence=evidence)
+def _finding(role: Role, message: str, evidence: Evidence, severity: Severity | None = None) -> Finding:
+    return Finding(message, role=role, severity=severity, confidence=Confidence.PROVEN, evidence=(evidence,))
 
 
 def _adapter(healthy_files: Any, folder: str, model: Any, **options: Any) -> Any:
