@@ -36,6 +36,7 @@ def invariance(role: str, setup: Any, models: Models, inputs: Inputs, output: Ou
 
     Raises:
         Broken: the model cannot be called.
+        Unavailable: the output of one text has another size in another batch.
     """
     import torch
 
@@ -61,21 +62,19 @@ def invariance(role: str, setup: Any, models: Models, inputs: Inputs, output: Ou
                 undecided[name] = "the model takes no mask"
                 continue
             moved = _numbers(live, *padded(rows, inputs.pad_id, side), text, once=side == "right")
-            shifts[name] = Shift(
-                float((moved - alone).abs().max()), tolerance, scale, f"beside {len(rows) - 1} longer texts"
-            )
+            shifts[name] = Shift(_apart(moved, alone), tolerance, scale, f"beside {len(rows) - 1} longer texts")
             if not shifts[name].moved:  # what other texts and pads together do not move, other texts do not
                 shifts.setdefault("neighbours", shifts[name])
                 continue
             beside = _numbers(live, *padded([text, changed[-1]], inputs.pad_id, side, len(rows[-1])), text)
-            change = Shift(float((beside - moved).abs().max()), tolerance, scale, f"other neighbours, {side} padding")
+            change = Shift(_apart(beside, moved), tolerance, scale, f"other neighbours, {side} padding")
             if "neighbours" not in shifts or not change.largest <= shifts["neighbours"].largest:
                 shifts["neighbours"] = change
         if role in ("policy", "reference"):
             try:
                 cached = _with_cache(live, text[:CACHED])
-                apart = (cached - alone[: len(cached)]).abs().max()
-                shifts["cache"] = Shift(float(apart), tolerance, scale, "one token at a time")
+                apart = _apart(cached, alone[: len(cached)])
+                shifts["cache"] = Shift(apart, tolerance, scale, "one token at a time")
             except Unavailable as reason:
                 undecided["cache"] = str(reason)
     mode = "train" if getattr(live.model, "training", False) else "eval"
@@ -86,12 +85,18 @@ def invariance(role: str, setup: Any, models: Models, inputs: Inputs, output: Ou
         with torch.no_grad(), live.kept(evaluating=evaluating):
             first = _numbers(live, *batch, text, once=True, every=True)
             again = [_numbers(live, *batch, text, every=True) for _ in range(1 if many else 2)]
-        return Shift(max(float((other - first).abs().max()) for other in again), tolerance, scale, detail)
+        return Shift(max(_apart(other, first) for other in again), tolerance, scale, detail)
 
     shifts["repeat"] = repeated(False, f"twice, in {mode} mode")
     if any(child.training for child in live.module.modules()):
         shifts["repeat in eval mode"] = repeated(True, "twice, in eval mode")
     return Invariance(shifts, undecided, mode)
+
+
+def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.shape != b.shape:
+        raise Unavailable("the output of one text changes its size with what stands beside it in the batch")
+    return float((a - b).abs().max())
 
 
 def _pads_left(role: str, setup: Any, inputs: Inputs) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import random
 import sys
@@ -240,7 +241,9 @@ class Live:
             raise Broken(
                 self.role, f"{self.role}: the model returned {type(raw).__name__} without any floating-point tensor"
             )
-        if called.tensor.dim() and called.tensor.shape[0] not in (batch, batch * length):
+        if not called.tensor.dim() and batch == 1:  # a squeeze took the batch along
+            called = dataclasses.replace(called, tensor=called.tensor.reshape(1))
+        if not called.tensor.dim() or called.tensor.shape[0] not in (batch, batch * length):
             raise Broken(
                 self.role,
                 f"{self.role}: the model returned shape {tuple(called.tensor.shape)} for a batch of "

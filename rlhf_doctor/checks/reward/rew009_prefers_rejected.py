@@ -97,15 +97,10 @@ def _(healthy: Any) -> Any:
     return healthy.but(preferences=[(prompt, rejected, chosen) for prompt, chosen, rejected in healthy.preferences])
 
 
-@reward_prefers_rejected.fault("a reward that knows no more than a coin")
+@reward_prefers_rejected.fault("a reward that agrees with the pairs no more than a coin")
 def _(healthy: Any) -> Any:
-    from rlhf_doctor.selftest import scorers
-
-    def rule(scores: Any, ids: Any, mask: Any) -> Any:
-        places = (mask.cumsum(1) * mask) % 13 + 1
-        return scores * 0.01 + (ids * places * mask).sum(1) % 31 / 10.0
-
-    return healthy.but(reward=scorers.Rescored(healthy.reward, rule).eval())
+    turned = [(p, b, a) if i % 2 else (p, a, b) for i, (p, a, b) in enumerate(healthy.preferences)]
+    return healthy.but(preferences=turned)
 
 
 @reward_prefers_rejected.fault("a function that scores the opposite of what was asked")
