@@ -99,7 +99,8 @@ def pick(role: str, raw: Any, batch: int, length: int) -> Called | None:
         raw = torch.tensor([float(v) for v in raw])
     found = list(float_tensors(raw))
     if not found and hasattr(raw, "__array__") and not isinstance(raw, torch.Tensor):
-        found = [("output", torch.as_tensor(raw.__array__(), dtype=torch.float32))]
+        array = raw.__array__()
+        found = [("output", torch.as_tensor(array, dtype=torch.float32))] if array.dtype.kind in "fiu" else []
     if not found:
         return None
     shapes = {name: tuple(tensor.shape) for name, tensor in found}
