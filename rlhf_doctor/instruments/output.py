@@ -35,7 +35,7 @@ def output(role: str, models: Models, inputs: Inputs, manifest: Manifest) -> Out
     vocab_size = manifest.embedding_rows or manifest.vocab_size or inputs.vocab_size
     kind = kind_of(tuple(tensor.shape), ids.shape[0], ids.shape[1], vocab_size)
     keep = mask.bool()
-    real = tensor[keep] if tensor.dim() >= 2 and tensor.shape[1] == ids.shape[1] else tensor
+    real = tensor[keep] if tensor.shape[:2] == ids.shape else tensor
     finite = bool(torch.isfinite(real).all())
     per_sequence = tensor.reshape(tensor.shape[0], -1)
     return Output(
