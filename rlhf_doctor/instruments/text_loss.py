@@ -67,6 +67,8 @@ def text_loss(role: Role, models: Models, setup: Any, manifest: Manifest, output
         for prompt, response, complete in rows:
             ids = torch.tensor([[*prompt, *response]])
             logits = live.read(ids, torch.ones_like(ids)).tensor.float().cpu().reshape(ids.shape[1], -1)
+            if logits.shape[-1] != width:
+                raise Unavailable("the policy's logits are of another width for another text")
             logprobs = logits[len(prompt) - 1 :].log_softmax(-1)
             total -= float(logprobs[:-1].gather(-1, ids[0, len(prompt) :, None]).sum())
             count += len(response)
