@@ -241,6 +241,9 @@ class Live:
             raise Broken(
                 self.role, f"{self.role}: the model returned {type(raw).__name__} without any floating-point tensor"
             )
+        if not called.tensor.numel():
+            shape = tuple(called.tensor.shape)
+            raise Broken(self.role, f"{self.role}: the model returned a tensor without any number, of shape {shape}")
         if not called.tensor.dim() and batch == 1:  # a squeeze took the batch along
             called = dataclasses.replace(called, tensor=called.tensor.reshape(1))
         if not called.tensor.dim() or called.tensor.shape[0] not in (batch, batch * length):
