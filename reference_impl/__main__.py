@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Sett
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in DIR/state")
     parser.add_argument("--save-every", type=int, default=50, metavar="N", help="iterations (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--iterations", type=int, default=80, help="of PPO (default: %(default)s)")
+    parser.add_argument("--iterations", type=int, default=50, help="of PPO (default: %(default)s)")
     disk = parser.add_argument_group("models from disk, instead of the built-in task")
     for role in ("policy", "reward", "value", "tokenizer"):
         disk.add_argument(f"--{role}", type=Path, metavar="DIR")
@@ -45,7 +45,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Sett
         "--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines with 'prompt' in a .jsonl"
     )
     built_in = parser.add_argument_group("built-in task")
-    built_in.add_argument("--pairs", type=int, default=4096, help="for reward modelling (default: %(default)s)")
+    built_in.add_argument("--demonstrations", type=int, default=4096, help="for SFT (default: %(default)s)")
+    built_in.add_argument("--pairs", type=int, default=6144, help="for reward modelling (default: %(default)s)")
     built_in.add_argument("--noise", type=float, default=0.25, help="of their labels (default: %(default)s)")
     algorithm = parser.add_argument_group("PPO")
     algorithm.add_argument("--kl-target", type=float, metavar="X", help="nats a response; adapts the KL coefficient")
@@ -107,7 +108,8 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
             if i % 32 == 0:
                 say(f"{phase:<6} batch {i:4d}  loss {loss:.3f}")
 
-        models = setup.build_models(given.seed, trained=True, pairs=given.pairs, noise=given.noise, report=report)
+        sizes = {name: getattr(given, name) for name in ("demonstrations", "pairs", "noise")}
+        models = setup.build_models(given.seed, trained=True, **sizes, report=report)
         summary = setup.judge_reward(models, given.seed, given.noise)
         say("reward " + "  ".join(f"{name} {x:.3f}" for name, x in summary.items()))
     for role in setup.ROLES:
@@ -169,6 +171,7 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
         gain = (after - before) / (task.OPTIMUM - before)
         say(f"gold {before:.3f} before PPO and {after:.3f} after it: {gain:.0%} of the way to the optimum")
         summary |= {"gold_before": before, "gold_after": after, "gain": gain}
+    summary |= {"seconds": time.perf_counter() - begun, "cpu_seconds": time.process_time()}
     if first:
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 

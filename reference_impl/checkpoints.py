@@ -33,12 +33,9 @@ def latest(folder: Path) -> Path | None:
 
 
 def _state(models: Models, optimizers: Optimizers, others: Sequence[Any]) -> dict[str, Any]:
-    roles = {"policy": models.policy, "value": models.value}
+    pairs = zip((models.policy, models.value), optimizers, strict=True)
     return {
-        **{
-            role: get_state_dict(model, optimizer)
-            for (role, model), optimizer in zip(roles.items(), optimizers, strict=True)
-        },
+        "moving": [dict(zip(("weights", "optimizer"), get_state_dict(*pair), strict=True)) for pair in pairs],
         "others": [other.state_dict() for other in others],
         "generators": [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_available() else []),
     }
@@ -77,9 +74,8 @@ def load(path: Path, models: Models, optimizers: Optimizers, others: Sequence[An
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")
         read(state, checkpoint_id=path, no_dist=scale.world() == 1)
-    for model, optimizer, role in zip((models.policy, models.value), optimizers, ("policy", "value"), strict=True):
-        weights, moments = state[role]
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    for model, optimizer, its in zip((models.policy, models.value), optimizers, state["moving"], strict=True):
+        set_state_dict(model, optimizer, model_state_dict=its["weights"], optim_state_dict=its["optimizer"])
         optimizer.zero_grad()
     for other, its in zip(others, state["others"], strict=True):
         other.load_state_dict(its)

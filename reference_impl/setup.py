@@ -23,7 +23,7 @@ __all__ = ["assemble", "build_models", "build_setup", "build_tokenizer", "save_c
 POSITIONS = 64  # more than the longest prompt (10 tokens) and response (20)
 hf: Any = transformers  # its constructors are not annotated
 ROLES = ("policy", "reference", "reward", "value")
-TASK = ppo.Settings(batch_size=64, learning_rate=3e-4, critic_learning_rate=3e-4, kl_coef=0.05)  # what suits the task
+TASK = ppo.Settings(batch_size=64, learning_rate=3e-4, critic_learning_rate=1e-3, kl_coef=0.05)  # what suits the task
 DISK = ppo.Settings(learning_rate=3e-6, critic_learning_rate=3e-6, response_length=64)  # learning rates of [N+]
 
 
@@ -70,14 +70,15 @@ def build_models(
     seed: int,
     *,
     trained: bool,
+    demonstrations: int = 2048,
     pairs: int = 2048,
     noise: float = 0.0,
     report: Callable[[str, int, float], Any] = lambda *_: None,
 ) -> Models:
     """The four models, after SFT and reward modelling, or with random weights if not `trained`.
 
-    The reward model sees that many `pairs`, with labels of that `noise`. `report` is called with the phase ("sft" or
-    "reward"), the batch's number and its loss. Leaves the global generators alone.
+    Training sees that many `demonstrations`, and `pairs` with labels of that `noise`. `report` is called with the
+    phase ("sft" or "reward"), the batch's number and its loss. Leaves the global generators alone.
     """
     rng, tokenizer = Random(seed), build_tokenizer()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -86,7 +87,7 @@ def build_models(
         policy.generation_config.update(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
         policy.generation_config.max_new_tokens = task.RESPONSE_LENGTH
         if trained:
-            texts = task.demonstrations(2048, rng)
+            texts = task.demonstrations(demonstrations, rng)
             for i, loss in enumerate(sft.finetune(policy, tokenizer, texts, batch_size=32, learning_rate=1e-2), 1):
                 report("sft", i, loss)
         reference = roles.frozen_copy(policy)
@@ -95,7 +96,7 @@ def build_models(
         if trained:
             reward.base_model.load_state_dict(policy.base_model.state_dict())
             labelled = task.preference_pairs(pairs, rng, noise=noise)
-            losses = reward_modeling.train(reward, tokenizer, labelled, batch_size=16, learning_rate=4e-3)
+            losses = reward_modeling.train(reward, tokenizer, labelled, batch_size=16, learning_rate=2e-3)
             for i, loss in enumerate(losses, 1):
                 report("reward", i, loss)
             prompt = encode_prompts(tokenizer, task.prompts() * 4)

@@ -96,15 +96,21 @@ def test_killed_while_saving_the_last_good_state_stands(on_disk, unbroken, tmp_p
         """
         import os, signal
         from torch.distributed.checkpoint import filesystem
-        write, calls = filesystem._write_item, []
+        from reference_impl import checkpoints
+        save, write, saves, items = checkpoints.save, filesystem._write_item, [], []
 
-        def slow(*arguments, **options):
-            calls.append(0)
-            if len(calls) > 150:  # the first state has some 140 items: in the middle of the second
+        def counted(*arguments):
+            saves.append(0)
+            save(*arguments)
+
+        def deadly(*arguments, **options):
+            items.extend(saves[1:])
+            if len(items) == 30:
                 os.kill(os.getpid(), signal.SIGKILL)
             return write(*arguments, **options)
 
-        filesystem._write_item = slow
+        checkpoints.save = counted
+        filesystem._write_item = deadly
         """,
         *arguments(on_disk("llama"), tmp_path, 5, "--save-every", "1"),
     )

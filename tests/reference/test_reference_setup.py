@@ -1,7 +1,6 @@
 """The setup of the reference itself, as a user of it sees it, and the pipeline that writes it to disk."""
 
 import ast
-import json
 import random
 import subprocess
 import sys
@@ -12,7 +11,6 @@ import torch
 import transformers
 
 import reference_impl
-from reference_impl import __main__ as pipeline
 from reference_impl import ppo, reward_modeling, rollout, setup, sft, task
 
 PACKAGE = Path(reference_impl.__file__).parent
@@ -179,19 +177,3 @@ def test_checkpoints_load_as_they_were_saved(tmp_path):
         assert tokenizer(text)["input_ids"] == built["tokenizer"](text)["input_ids"]
         assert tokenizer.padding_side == "left"
         assert (folder / "model.safetensors").exists()
-
-
-def test_the_pipeline_writes_what_it_says(tmp_path, capsys):
-    pipeline.main(["--out", str(tmp_path / "run"), "--iterations", "2", "--batch-size", "16", "--pairs", "512"])
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
-    assert all(-2 <= row["gold"] <= 1 and row["eos_rate"] > 0.8 for row in rows)
-    assert json.loads((tmp_path / "run" / "settings.json").read_text())["batch_size"] == 16
-    assert all((tmp_path / "run" / role / "model.safetensors").exists() for role in setup.ROLES)
-    assert "reward accuracy" in capsys.readouterr().out
-
-
-def test_the_pipeline_refuses_a_wrong_option(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        pipeline.main(["--out", str(tmp_path), "--iterations", "many"])
-    assert "--iterations" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The task: its gold score by hand, and that length tells nothing."""
 
+import math
 from random import Random
 
 import pytest
@@ -48,10 +49,16 @@ def test_preferences_follow_gold_and_not_length():
         assert len(chosen.split()) == len(rejected.split())
 
 
-def test_noise_turns_its_share_of_the_labels():
-    pairs = task.preference_pairs(2000, Random(3), noise=0.2)
-    turned = sum(task.gold_score(p, chosen) < task.gold_score(p, rejected) for p, chosen, rejected in pairs)
-    assert turned / 2000 == pytest.approx(0.2, abs=0.03)
+def test_the_annotator_errs_more_often_the_closer_two_answers_are():
+    pairs = task.preference_pairs(6000, Random(3), noise=0.25)
+    gaps = [task.gold_score(p, chosen) - task.gold_score(p, rejected) for p, chosen, rejected in pairs]
+    for low, high in ((0.2, 0.3), (0.45, 0.55), (0.9, 1.1)):
+        near = [gap for gap in gaps if low < abs(gap) < high]
+        expected = sum(1 / (1 + math.exp(-abs(gap) / 0.25)) for gap in near) / len(near)
+        right = sum(gap > 0 for gap in near) / len(near)
+        assert len(near) > 300
+        assert right == pytest.approx(expected, abs=3 * math.sqrt(expected * (1 - expected) / len(near)))
+    assert {len(chosen.split()) - len(rejected.split()) for _, chosen, rejected in pairs} == {0}
 
 
 def test_prompts_are_many_and_distinct():
