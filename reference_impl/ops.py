@@ -57,7 +57,8 @@ def logprobs(logits: Tensor, a: Tensor, temperature: float = 1.0) -> Tensor:
     """
     assert logits.shape[:-1] == a.shape, (logits.shape, a.shape)
     assert temperature > 0, temperature
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = z if temperature == 1 else z / temperature
     return z.gather(-1, a[..., None])[..., 0] - z.logsumexp(-1)
 
 

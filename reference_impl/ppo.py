@@ -15,16 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from reference_impl import ops, roles
+from reference_impl import ops, roles, scale
 from reference_impl.roles import Models
 from reference_impl.rollout import Rollout, encode_prompts, sample, score
 
 __all__ = ["AdaptiveKL", "FixedKL", "Parts", "Settings", "make_optimizers", "ppo_step"]
+
+# What is reported of every update; the first five are sums over processes.
+NAMES = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "policy_grad_norm", "value_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Settings:
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     missing_eos_penalty: float = 1.0
+    dtype: str = "float32"  # of matrix products; "bfloat16" leaves weights, optimizers and statistics in float32
 
     def __post_init__(self) -> None:
         if self.batch_size % self.num_minibatches:
@@ -102,8 +107,20 @@ class AdaptiveKL(FixedKL):
 
 def make_optimizers(models: Models, s: Settings) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     """Adam for the policy and for the critic, with epsilon 1e-5 and without weight decay ([N+])."""
-    policy = torch.optim.Adam(models.policy.parameters(), lr=s.learning_rate, eps=1e-5)
-    return policy, torch.optim.Adam(models.value.parameters(), lr=s.critic_learning_rate, eps=1e-5)
+    policy = torch.optim.Adam(models.policy.parameters(), lr=s.learning_rate, eps=1e-5, fused=True)
+    return policy, torch.optim.Adam(models.value.parameters(), lr=s.critic_learning_rate, eps=1e-5, fused=True)
+
+
+def micro_batches(minibatch: Tensor, lengths: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """This process's rows of the minibatch, in pieces of `size`, the longest first: rows of like length pad little."""
+    mine = minibatch[lengths[minibatch].argsort(descending=True, stable=True)][scale.my_rows(len(minibatch))]
+    return torch.split(mine, size or len(mine))
+
+
+def everywhere(function: Callable[[Tensor], Tensor], pieces: Sequence[Tensor]) -> Tensor:
+    """function(rows) for these pieces of rows and those of the other processes → (B, …), all of the batch's rows."""
+    rows = scale.gather_rows(torch.cat(list(pieces)))
+    return scale.gather_rows(torch.cat([function(piece) for piece in pieces]))[rows.argsort()]
 
 
 def ppo_step(
@@ -117,80 +134,97 @@ def ppo_step(
     """One whole iteration: rollout and every update, on these models in place. Returns the iteration's metrics.
 
     Draws prompts, tokens and minibatches from torch's global generator. Raises FloatingPointError before an update
-    with a loss that is not finite.
+    with a loss or a gradient that is not finite, and ValueError for models that cannot read these prompts.
     """
     policy, reference, reward, value, tokenizer = (
         models.policy, models.reference, models.reward, models.value, models.tokenizer,
     )  # fmt: skip
+    precision = partial(scale.autocast, policy.device, s.dtype)
 
     # 1. Draw prompts and let the policy answer.
     drawn = [prompts[i] for i in torch.randint(len(prompts), (s.batch_size,)).tolist()]
     prompt, prompt_mask = (x.to(policy.device) for x in encode_prompts(tokenizer, drawn))  # (B, P) each
-    rollout = parts.sample(
-        policy, prompt, prompt_mask, T=s.response_length, temperature=s.temperature,
-        eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
-    )  # fmt: skip
+    roles.check_models(models, prompt, s.response_length)
+    with precision():
+        rollout = parts.sample(
+            policy, prompt, prompt_mask, T=s.response_length, temperature=s.temperature,
+            eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
+        )  # fmt: skip
     ids, attention, mask = rollout.ids, rollout.attention_mask, rollout.mask  # (B, P+T), (B, P+T), (B, T)
     T = mask.shape[1]
 
+    # 2. Several epochs over this rollout, in minibatches drawn anew each epoch, each in this process's micro-batches.
+    #    What is read before the updates is read in the first epoch's, so that the ratio then starts at exactly 1.
+    epochs = [
+        [micro_batches(rows, attention.sum(1), s.micro_batch_size) for rows in order.chunk(s.num_minibatches)]
+        for order in (torch.randperm(s.batch_size).to(ids.device) for _ in range(s.ppo_epochs))
+    ]
+    pieces = [rows for minibatch in epochs[0] for rows in minibatch]
+
+    def logprobs(model: Any, rows: Tensor) -> Tensor:  # (b, T), at the temperature of sampling
+        return parts.logprobs(model, ids[rows], attention[rows], T, s.temperature)
+
+    def values(rows: Tensor) -> Tensor:  # (b, T), V(s_t) being read at the token before a_t
+        return parts.values(value, ids[rows, :-1], attention[rows, :-1])[:, -T:]
+
     with torch.no_grad():
-        # 2. Score each response at its last token; there too if it never ended, less the penalty.
-        scores = parts.score(reward, rollout, missing_eos_penalty=s.missing_eos_penalty)  # (B,)
+        with precision():
+            # 3. Score each response at its last token; there too if it never ended, less the penalty.
+            scores = everywhere(
+                lambda rows: parts.score(reward, rollout.rows(rows), missing_eos_penalty=s.missing_eos_penalty), pieces
+            )  # (B,)
 
-        # 3. Log-probabilities under the policy that drew the tokens and under the reference, at the sampling
-        #    temperature; and the critic's values, V(s_t) being read at the token before a_t.
-        old_logp = parts.logprobs(policy, ids, attention, T, s.temperature)  # (B, T)
-        ref_logp = parts.logprobs(reference, ids, attention, T, s.temperature)  # (B, T)
-        old_v = parts.values(value, ids, attention)[:, -T - 1 : -1]  # (B, T)
+            # 4. Log-probabilities under the policy that drew the tokens and under the reference, and the values.
+            old_logp = everywhere(partial(logprobs, policy), pieces)  # (B, T)
+            ref_logp = everywhere(partial(logprobs, reference), pieces)  # (B, T)
+            old_v = everywhere(values, pieces)  # (B, T)
 
-        # 4. Rewards: a KL penalty at every token, the score at the last one.
+        # 5. Rewards: a KL penalty at every token, the score at the last one.
         kl = parts.kl(old_logp, ref_logp).masked_fill(~mask, 0)  # (B, T)
         kl_coef = kl_control.coef
         r = parts.rewards(scores, kl, mask, kl_coef)  # (B, T)
         if s.whiten_rewards:
             r = ops.whiten(r, mask, shift_mean=False)
 
-        # 5. Advantages and returns; only then are the advantages whitened, over the whole batch.
+        # 6. Advantages and returns; only then are the advantages whitened, over the whole batch.
         advantage = parts.gae(r, old_v, mask, s.gamma, s.lam)  # (B, T)
         returns = advantage + old_v  # (B, T)
         if s.whiten_advantages:
             advantage = ops.whiten(advantage, mask)
 
-    # 6. Several epochs over the same rollout, in minibatches drawn anew each epoch, one update of both models each.
-    updates = list[dict[str, float]]()
-    for _ in range(s.ppo_epochs):
-        for minibatch in torch.randperm(s.batch_size).to(ids.device).chunk(s.num_minibatches):
-            update = dict.fromkeys(("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio"), 0.0)
-            count = mask[minibatch].sum()  # every loss is a mean over the minibatch's tokens, in however many pieces
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            for rows in torch.split(minibatch, s.micro_batch_size or len(minibatch)):  # (b,)
-                m, old = mask[rows], old_logp[rows]  # (b, T) each
-                logp = parts.logprobs(policy, ids[rows], attention[rows], T, s.temperature)  # (b, T)
-                v = parts.values(value, ids[rows], attention[rows])[:, -T - 1 : -1]  # (b, T)
-                policy_loss = parts.policy_loss(logp, old, advantage[rows], m, s.clip_range, count)
-                value_loss = parts.value_loss(v, old_v[rows], returns[rows], m, s.clip_range_value, count)
-                loss: Any = policy_loss + s.vf_coef * value_loss
-                if not bool(loss.isfinite()):
-                    raise FloatingPointError(f"policy loss {policy_loss.item()}, value loss {value_loss.item()}")
-                loss.backward()
-                with torch.no_grad():
-                    update["policy_loss"] += policy_loss.item()
-                    update["value_loss"] += value_loss.item()
-                    update["approx_kl"] += ops.masked_mean(ops.k3(old, logp), m, count).item()
-                    update["clip_fraction"] += ops.clip_fraction(
-                        logp, old, advantage[rows], m, s.clip_range, count
-                    ).item()  # fmt: skip
-                    update["ratio"] += ops.masked_mean((logp - old).exp(), m, count).item()
-            for name, model in (("policy_grad_norm", policy), ("value_grad_norm", value)):
-                update[name] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-            for optimizer in optimizers:
-                optimizer.step()
-            updates.append(update)
+    # 7. Update both models once a minibatch. Losses are means over its tokens, in however many pieces and processes.
+    updates = list[Tensor]()  # of NAMES each
+    for minibatch in (minibatch for epoch in epochs for minibatch in epoch):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        count = scale.all_sum(mask[torch.cat(minibatch)].sum())
+        sums = torch.zeros(5, dtype=torch.float64, device=ids.device)
+        for rows in minibatch:  # (b,)
+            m, old, A = mask[rows], old_logp[rows], advantage[rows]  # (b, T) each
+            with precision():
+                logp = logprobs(policy, rows)  # (b, T)
+            policy_loss: Any = parts.policy_loss(logp, old, A, m, s.clip_range, count)
+            scale.backward(policy_loss)
+            with precision():
+                v = values(rows)  # (b, T)
+            value_loss: Any = parts.value_loss(v, old_v[rows], returns[rows], m, s.clip_range_value, count)
+            scale.backward(s.vf_coef * value_loss)
+            with torch.no_grad():
+                approx_kl, ratio = (ops.masked_mean(x, m, count) for x in (ops.k3(old, logp), (logp - old).exp()))
+                cut = ops.clip_fraction(logp, old, A, m, s.clip_range, count)
+                sums += torch.stack([policy_loss.detach(), value_loss.detach(), approx_kl, cut, ratio])
+        norms = [scale.clip_gradients(model, 1.0) for model in (policy, value)]
+        update = torch.cat([scale.all_sum(sums), sums.new_tensor(norms)])
+        if not bool(update[[0, 1, 5, 6]].isfinite().all()):
+            told = ", ".join(f"{name.replace('_', ' ')} {x}" for name, x in zip(NAMES, update.tolist(), strict=True))
+            raise FloatingPointError(told)
+        for optimizer in optimizers:
+            optimizer.step()
+        updates.append(update)
     for optimizer in optimizers:
         optimizer.zero_grad()
 
-    # 7. Adapt the KL coefficient, and report: means over the updates, and the rollout as it was before them.
+    # 8. Adapt the KL coefficient, and report: means over the updates, and the rollout as it was before them.
     sequence_kl = kl.sum(1).mean().item()
     kl_control.update(sequence_kl, s.batch_size)
     return {
@@ -203,6 +237,6 @@ def ppo_step(
         "eos_rate": rollout.ended.double().mean().item(),
         "response_length": mask.sum(1).double().mean().item(),
         "explained_variance": ops.explained_variance(old_v, returns, mask).item(),
-        "first_ratio": updates[0]["ratio"],
-        **{name: sum(update[name] for update in updates) / len(updates) for name in updates[0]},
+        "first_ratio": updates[0][NAMES.index("ratio")].item(),
+        **dict(zip(NAMES, torch.stack(updates).mean(0).tolist(), strict=True)),
     }

@@ -22,6 +22,7 @@ from reference_impl import ops, scale
 
 __all__ = [
     "Models",
+    "check_models",
     "critic_from_reward",
     "frozen_copy",
     "hidden_states",
@@ -53,6 +54,23 @@ def frozen_copy(model: Any) -> Any:
     return freeze(copy.deepcopy(model))
 
 
+def check_models(models: Models, prompt: Tensor, T: int) -> None:
+    """Raises ValueError for what cannot read prompt ids (B, P) and T tokens more, and says why."""
+    drawn = models.policy.get_input_embeddings().weight.shape[0]
+    for role in ("policy", "reference", "reward", "value"):
+        model, length = getattr(models, role), prompt.shape[1] + T
+        tokens, context = (
+            model.get_input_embeddings().weight.shape[0],
+            getattr(model.config, "max_position_embeddings", 0),
+        )
+        if tokens <= int(prompt.max()) or tokens < drawn:
+            raise ValueError(f"the {role} model reads {tokens} tokens, the policy {drawn}: not one vocabulary")
+        if 0 < context < length:
+            raise ValueError(
+                f"prompts of {prompt.shape[1]} tokens and {T} more do not fit the {role} model's context of {context}"
+            )
+
+
 def critic_from_reward(reward: Any, token_classifier: Any) -> Any:
     """`token_classifier` with the reward model's body and head; so V(s) starts as the score of the prefix s ([N+]).
 
@@ -78,17 +96,25 @@ def positions(attention_mask: Tensor) -> Tensor:
 
 
 def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The body's last hidden states: ids and mask (B, L) → (B, L, D)."""
-    body = model.base_model
-    out = body(input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=False)
-    hidden: Tensor = out.last_hidden_state
-    return hidden
+    """The body's last hidden states: ids and mask (B, L) → (B, L, D); at masked positions those of some other one.
+
+    A row's real tokens are one run. They are moved to the left edge, and rows cut to the longest: what follows a token
+    is hidden from it anyway, so attention needs no mask of its own, and padding costs what it must and no more.
+    """
+    column, start = torch.arange(ids.shape[1], device=ids.device), attention_mask.argmax(1, keepdim=True)
+    L = int(attention_mask.sum(1).max())
+    moved = ids.gather(1, (column[:L] + start).clamp(max=ids.shape[1] - 1))  # (B, L)
+    hidden: Tensor = model.base_model(input_ids=moved, use_cache=False).last_hidden_state  # (B, L, D)
+    back = (column - start).clamp(0, L - 1) + L * torch.arange(len(ids), device=ids.device)[:, None]
+    return hidden.flatten(0, 1).index_select(0, back.flatten()).view(*ids.shape, -1)
 
 
 @scale.forward
 def scalars(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The scalar head at every token: ids and mask (B, L) → (B, L)."""
-    out: Tensor = scalar_head(model)(hidden_states(model, ids, attention_mask))
+    """The scalar head at every token: ids and mask (B, L) → (B, L), in the head's own precision also under autocast."""
+    hidden, head = hidden_states(model, ids, attention_mask), scalar_head(model)
+    with torch.autocast(ids.device.type, enabled=False):
+        out: Tensor = head(hidden.to(head.weight.dtype))
     return out.squeeze(-1).clone()
 
 
@@ -100,5 +126,5 @@ def cache_name(model: Any) -> str:
 @scale.forward
 def response_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, T: int, temperature: float) -> Tensor:
     """log π of the last T of ids (B, P+T) → (B, T). The token at position p is predicted from position p-1."""
-    hidden = hidden_states(model, ids, attention_mask)[:, -T - 1 : -1]
+    hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1])[:, -T:]
     return ops.token_logprobs(hidden, model.get_output_embeddings(), ids[:, -T:], temperature)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from reference_impl import ops, roles
+from reference_impl import ops, roles, scale
 
-__all__ = ["Rollout", "encode_prompts", "response_mask", "sample", "score"]
+__all__ = ["Rollout", "draw", "encode_prompts", "response_mask", "sample", "score"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,10 @@ class Rollout:
     attention_mask: Tensor  # (B, P+T), 1 at real tokens
     mask: Tensor  # (B, T) bool, true at response tokens up to and with the end of sequence
     ended: Tensor  # (B,) bool, whether there is an end of sequence
+
+    def rows(self, rows: Tensor) -> Rollout:
+        """Some rows of it, by their indices."""
+        return Rollout(self.ids[rows], self.attention_mask[rows], self.mask[rows], self.ended[rows])
 
     @property
     def response(self) -> Tensor:
@@ -43,33 +49,71 @@ def response_mask(response: Tensor, eos: int) -> tuple[Tensor, Tensor]:
     return is_eos.cumsum(1) - is_eos.long() == 0, is_eos.any(1)
 
 
+class _Room(DynamicLayer):  # type: ignore[misc]
+    """A layer's keys and values (B, heads, length, D), written in place; its base class copies all at every token."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length, self.used = length, 0
+        self.keys: Tensor
+        self.values: Tensor
+
+    def get_seq_length(self) -> int:
+        return self.used
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.used == 0:
+            self.keys, self.values = (x.new_empty(*x.shape[:2], self.length, x.shape[3]) for x in (keys, values))
+            self.is_initialized = True
+        self.used += keys.shape[2]
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept[:, :, self.used - new.shape[2] : self.used] = new
+        return self.keys[:, :, : self.used], self.values[:, :, : self.used]
+
+
+def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
+    """Tokens a = min{a : Σ_{v≤a} π(v) > u}, with π = softmax(logits / temperature); (B, V) and u in [0, 1) (B,) → (B,).
+
+    One number a token, which does not depend on who draws it: so a rollout is the same on any number of processes.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    below = z.softmax(-1).double().cumsum(-1)
+    token = torch.searchsorted(below, uniform[:, None] * below[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[1] - 1)
+
+
+@scale.forward
 @torch.no_grad()
 def sample(
     policy: Any, prompt: Tensor, prompt_mask: Tensor, *, T: int, temperature: float, eos: int, pad: int
 ) -> Rollout:
     """Up to T tokens a_t ~ softmax(logits_t / temperature) for each prompt (B, P), from the whole vocabulary.
 
-    Draws from torch's global generator; stops early once every row has ended.
+    The random numbers are torch's global generator's, as many whenever responses end. Processes share the rows.
     """
-    head, cache, step_ids, attention = policy.get_output_embeddings(), None, prompt, prompt_mask
-    position = roles.positions(prompt_mask)
-    name = roles.cache_name(policy)
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
-    tokens = list[Tensor]()
-    while len(tokens) < T and not bool(ended.all()):
-        out = policy.base_model(
-            input_ids=step_ids, attention_mask=attention, position_ids=position, use_cache=True, **{name: cache}
-        )
-        cache = out[name]
-        probabilities = (head(out.last_hidden_state[:, -1]).float() / temperature).softmax(-1)  # (B, V)
-        token = torch.multinomial(probabilities, 1)[:, 0].masked_fill(ended, pad)  # (B,)
-        tokens.append(token)
-        attention = torch.cat([attention, (~ended).to(attention.dtype)[:, None]], 1)
-        ended = ended | (token == eos)
-        step_ids, position = token[:, None], position[:, -1:] + 1
-    response = torch.stack(tokens, 1)  # (B, T)
+    mine, (B, P) = scale.my_rows(len(prompt)), prompt.shape
+    uniform = torch.rand(T, B, dtype=torch.float64)[:, mine].to(prompt.device)
+    ids, attention = prompt[mine], F.pad(prompt_mask[mine], (0, T), value=1)  # (b, P), (b, P+T)
+    position, head, name = roles.positions(prompt_mask[mine]), policy.get_output_embeddings(), roles.cache_name(policy)
+    response, ended = ids.new_full((len(ids), T), pad), ids.new_zeros(len(ids), dtype=torch.bool)
+    cache: Any = DynamicCache(config=policy.config)
+    cache.layers = [_Room(P + T) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    with scale.gathered(policy):
+        for t in range(T):
+            out = policy.base_model(
+                input_ids=ids, attention_mask=attention[:, : P + t], position_ids=position, use_cache=True,
+                **{name: cache},
+            )  # fmt: skip
+            token = draw(head(out.last_hidden_state[:, -1]), temperature, uniform[t]).masked_fill(ended, pad)  # (b,)
+            response[:, t], ended = token, ended | (token == eos)
+            if bool(ended.all()):
+                break
+            ids, position = token[:, None], position[:, -1:] + 1
+    response = scale.gather_rows(response)
     mask, ended = response_mask(response, eos)
-    return Rollout(torch.cat([prompt, response], 1), attention, mask, ended)
+    longest = int(mask.sum(1).max())
+    response, mask = response[:, :longest], mask[:, :longest]  # (B, T) from here on
+    return Rollout(torch.cat([prompt, response], 1), torch.cat([prompt_mask, mask.to(prompt_mask)], 1), mask, ended)
 
 
 @torch.no_grad()

@@ -124,20 +124,19 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
 
 
 def my_rows(rows: int) -> slice:
-    """This process's share of so many rows; raises ValueError where they do not divide evenly."""
+    """This process's share of so many rows, every `world`-th; raises ValueError where they do not divide evenly."""
     if rows % world():
         raise ValueError(f"{rows} rows do not divide evenly among {world()} processes")
-    share = rows // world()
-    return slice(rank() * share, (rank() + 1) * share)
+    return slice(rank(), None, world())
 
 
 def gather_rows(mine: Tensor) -> Tensor:
-    """Every process's rows (n, …), one after another: (world · n, …). The inverse of taking `my_rows`."""
+    """Every process's share (n, …) put together, (world · n, …): the inverse of taking `my_rows`."""
     if world() == 1:
         return mine
-    whole = [torch.empty_like(mine) for _ in range(world())]
-    dist.all_gather(whole, mine.contiguous())
-    return torch.cat(whole)
+    shares = [torch.empty_like(mine) for _ in range(world())]
+    dist.all_gather(shares, mine.contiguous())
+    return torch.stack(shares, 1).flatten(0, 1)
 
 
 def all_sum(x: Tensor) -> Tensor:
