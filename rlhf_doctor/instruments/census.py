@@ -67,7 +67,7 @@ def _one_pass(live: Live, inputs: Inputs, length: int) -> tuple[dict[str, Counte
     from rlhf_doctor.instruments.tapping import EmbeddingTap
 
     flat = [token for sequence in inputs.sequences for token in sequence]
-    ids = torch.tensor([flat[:length], flat[-length:]], device=live.device)
+    ids = torch.tensor([flat[:length], flat[-length:]][: 1 if live.large else 2], device=live.device)
     seen: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     widths: set[int] = set()
     with live.kept(), torch.enable_grad():
