@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -184,13 +185,15 @@ class Facts:
 
     def _every_role(self, known: Fact) -> dict[Role, Any]:
         found: dict[Role, Any] = {}
+        reasons: dict[Role, str] = {}
         for role in MODEL_ROLES:
             try:
                 found[role] = self.get(f"{role}_{known.name}")
-            except Unavailable:
-                continue
+            except Unavailable as unavailable:
+                reasons[role] = str(unavailable)
         if not found:
-            raise Unavailable(f"needs {known.name} of at least one model")
+            present = self.values["setup"].present
+            raise Unavailable(_of_no_model({role: said for role, said in reasons.items() if role in present}))
         return found
 
     def wanted(self, names: Iterable[str]) -> dict[Role, set[str]]:
@@ -212,6 +215,13 @@ class Facts:
                 found[role].add(base)
             queue += [self.resolve(need, role) for need in known.needs]
         return found
+
+
+def _of_no_model(reasons: Mapping[Role, str]) -> str:
+    """Why something could be had of none of the models that are given, once where one reason holds for all."""
+    alike = {re.sub(rf"\b(?:a|the) {role}( model)?\b", "a model", said) for role, said in reasons.items()}
+    said = alike if len(alike) == 1 < len(reasons) else dict.fromkeys(reasons.values())
+    return "; ".join(said) or "needs at least one model"
 
 
 def examine(
