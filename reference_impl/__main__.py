@@ -30,9 +30,8 @@ SHOWN = ("gold", "score", "kl", "entropy", "explained_variance", "clip_fraction"
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Settings]:
     """The options; every field of ppo.Settings is one. Its defaults are the task's, or those for models from disk."""
-    parser = argparse.ArgumentParser(
-        "python -m reference_impl", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser("python -m reference_impl", None, __doc__)
+    parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all that the run writes")
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in DIR/state")
     parser.add_argument("--save-every", type=int, default=50, metavar="N", help="iterations (default: %(default)s)")
@@ -41,9 +40,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Sett
     disk = parser.add_argument_group("models from disk, instead of the built-in task")
     for role in ("policy", "reward", "value", "tokenizer"):
         disk.add_argument(f"--{role}", type=Path, metavar="DIR")
-    disk.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="one a line, or JSON lines with 'prompt' in a .jsonl"
-    )
+    disk.add_argument("--prompts", type=Path, metavar="FILE", help="one a line; or .jsonl, objects with 'prompt'")
     built_in = parser.add_argument_group("built-in task")
     built_in.add_argument("--demonstrations", type=int, default=4096, help="for SFT (default: %(default)s)")
     built_in.add_argument("--pairs", type=int, default=6144, help="for reward modelling (default: %(default)s)")
@@ -73,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, settings = parse(arguments)
     try:
         run(given, settings)
-    except (loading.Unusable, OSError, FloatingPointError) as error:
+    except (loading.Unusable, FloatingPointError) as error:
         sys.exit(f"python -m reference_impl: {error}")
+    except OSError as error:
+        sys.exit(f"python -m reference_impl: {error}; what was written before is in {given.out}")
     except KeyboardInterrupt:
         sys.exit("python -m reference_impl: stopped; the same command with --resume goes on from the last saved state")
     finally:
@@ -84,16 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(given: argparse.Namespace, s: ppo.Settings) -> None:
     """The pipeline, in the order it runs. Raises Unusable, OSError or FloatingPointError with one sentence."""
     begun, out, device, first = time.perf_counter(), given.out, scale.start(), scale.rank() == 0
-    out.mkdir(parents=True, exist_ok=True)
     saved = checkpoints.latest(out / "state") if given.resume else None
     if given.resume and saved is None:
         raise loading.Unusable(f"there is no saved state in {out / 'state'} to go on from")
+    if s.batch_size // s.num_minibatches % scale.world():
+        raise loading.Unusable(f"minibatches of {s.batch_size // s.num_minibatches} do not divide among the processes")
+    out.mkdir(parents=True, exist_ok=True)
+    transformers.utils.logging.disable_progress_bar()
 
     def say(text: str, end: str = "\n") -> None:
         if first:
             print(f"{time.perf_counter() - begun:6.1f} s  {text}", end=end, flush=True)
-
-    transformers.utils.logging.disable_progress_bar()
 
     # 1. The models: from disk, or from supervised fine-tuning and reward modelling.
     prompts, summary = task.prompts(), dict[str, float]()
@@ -103,22 +103,16 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
     elif saved:
         models = loading.load_models(out / "reference", out / "reward")
     else:
-
-        def report(phase: str, i: int, loss: float) -> None:
-            if i % 32 == 0:
-                say(f"{phase:<6} batch {i:4d}  loss {loss:.3f}")
-
         sizes = {name: getattr(given, name) for name in ("demonstrations", "pairs", "noise")}
-        models = setup.build_models(given.seed, trained=True, **sizes, report=report)
+        models = setup.build_models(given.seed, trained=True, **sizes, report=say)
         summary = setup.judge_reward(models, given.seed, given.noise)
         say("reward " + "  ".join(f"{name} {x:.3f}" for name, x in summary.items()))
-    for role in setup.ROLES:
-        getattr(models, role).to(device)
-    if first and saved is None:
-        shutil.rmtree(out / "state", ignore_errors=True)
+    if saved is None:
+        if first:
+            shutil.rmtree(out / "state", ignore_errors=True)
         setup.save_checkpoints(vars(models), out, ("reference", "reward"))
     for role in setup.ROLES:
-        scale.shard(getattr(models, role))
+        scale.shard(getattr(models, role).to(device))
 
     # 2. PPO. On the task the gold score of every response is kept beside the reward model's.
     gold = list[float]()
@@ -163,9 +157,9 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
             figures = "  ".join(f"{name} {row[name]:.2f}" for name in SHOWN if name in row)
             say(f"ppo {i:4d}/{given.iterations}  {figures}", "\r" if live else "\n")
 
-    # 3. The four models, each with the tokenizer; and on the task, what PPO has gained.
-    for role, folder in setup.save_checkpoints(vars(models), out).items():
-        say(f"{role} in {folder}")
+    # 3. The models that were trained; and on the task, what PPO has gained.
+    setup.save_checkpoints(vars(models), out, ("policy", "value"))
+    say(f"policy, reference, reward and value are in {out}")
     if not given.policy:
         before, after = (setup.mean_gold(model, models.tokenizer) for model in (models.reference, models.policy))
         gain = (after - before) / (task.OPTIMUM - before)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reference_impl import roles
 from reference_impl.roles import Models
+from reference_impl.rollout import encode_prompts
 
 __all__ = ["Unusable", "load_models", "load_prompts"]
 
@@ -61,32 +62,24 @@ def load_models(policy: Path, reward: Path, value: Path | None = None, tokenizer
     """Policy, reward model and critic from their folders, the tokenizer from the policy's if there is no other.
 
     The reference is a frozen copy of the policy; without `value` the critic is one of the reward model. Raises
-    Unusable for what is not there, is not such a model, or does not read the policy's vocabulary.
+    Unusable for what is not there, is not such a model, or was trained with another tokenizer.
     """
     answers = _load(hf.AutoModelForCausalLM, policy, "causal language model")
     scores = roles.freeze(_load(hf.AutoModelForSequenceClassification, reward, "reward model"))
     if scores.num_labels != 1:
         raise Unusable(f"the reward model in {reward} gives {scores.num_labels} numbers a response, not one")
-    if value:
-        critic = _load(hf.AutoModelForTokenClassification, value, "critic of one value a token")
-    else:
-        fresh = hf.AutoModelForTokenClassification.from_config(scores.config, dtype=torch.float32)
-        critic = roles.critic_from_reward(scores, fresh)
+    _assert_plain(answers, policy, lambda *x: answers.get_output_embeddings()(roles.hidden_states(answers, *x)))
+    _assert_plain(scores, reward, lambda *x: roles.scalars(scores, *x))
+    critic_type = hf.AutoModelForTokenClassification
+    critic = (
+        _load(critic_type, value, "critic of one value a token")
+        if value
+        else roles.critic_from_reward(scores, critic_type.from_config(scores.config, dtype=torch.float32))
+    )
     words = _load_tokenizer(tokenizer or policy)
-    for role, folder, model in (("policy", policy, answers), ("reward", reward, scores), ("value", value, critic)):
-        tokens = model.get_input_embeddings().weight.shape[0]
-        if folder and any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-            same = (vocabulary := _load_tokenizer(folder).get_vocab()) == words.get_vocab()
-            tokens = len(vocabulary) if not same else tokens
-        else:
-            same = tokens >= len(words)
-        if not same or tokens < len(words):
-            raise Unusable(
-                f"the {role} model in {folder} has another vocabulary ({tokens} tokens) than the policy's tokenizer "
-                f"({len(words)}); all four models must read the same"
-            )
-    _assert_plain(answers, policy, lambda ids, mask: answers.lm_head(roles.hidden_states(answers, ids, mask)))
-    _assert_plain(scores, reward, lambda ids, mask: roles.scalars(scores, ids, mask))
+    for folder in (x for x in (policy, reward, value) if x and (x / "tokenizer_config.json").exists()):
+        if _load_tokenizer(folder).get_vocab() != words.get_vocab():
+            raise Unusable(f"{folder} has another vocabulary than {tokenizer or policy}; all models must share one")
     return Models(answers, roles.frozen_copy(answers), scores, critic, words)
 
 
@@ -98,18 +91,13 @@ def load_prompts(file: Path, models: Models, response_length: int) -> list[str]:
     try:
         lines = [line for line in file.read_text().splitlines() if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if file.suffix == ".jsonl" else lines
+        if not prompts:
+            raise ValueError("there is no prompt to answer")
+        roles.check_models(models, encode_prompts(models.tokenizer, prompts)[0], response_length)
     except OSError as error:
         raise Unusable(f"the prompts {file} cannot be read: {error.strerror}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise Unusable(f'{file} must have one JSON object with "prompt" a line') from error
-    if not prompts:
-        raise Unusable(f"there is no prompt in {file}")
-    tokens, number = max((len(ids), i) for i, ids in enumerate(models.tokenizer(prompts)["input_ids"], 1))
-    for role in ("policy", "reward", "value"):
-        context = getattr(getattr(models, role).config, "max_position_embeddings", None)
-        if context is not None and tokens + response_length > context:
-            raise Unusable(
-                f"prompt {number} of {file} has {tokens} tokens, with a response of {response_length} more than the "
-                f"{role} model's context of {context}"
-            )
+    except ValueError as error:
+        raise Unusable(f"{error} (prompts: {file})") from error
     return prompts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -73,13 +73,19 @@ def build_models(
     demonstrations: int = 2048,
     pairs: int = 2048,
     noise: float = 0.0,
-    report: Callable[[str, int, float], Any] = lambda *_: None,
+    report: Callable[[str], None] = lambda _: None,
 ) -> Models:
     """The four models, after SFT and reward modelling, or with random weights if not `trained`.
 
-    Training sees that many `demonstrations`, and `pairs` with labels of that `noise`. `report` is called with the
-    phase ("sft" or "reward"), the batch's number and its loss. Leaves the global generators alone.
+    Training sees that many `demonstrations`, and `pairs` with labels of that `noise`. `report` is told how it goes.
+    Leaves the global generators alone.
     """
+
+    def follow(phase: str, losses: Iterator[float]) -> None:
+        for i, loss in enumerate(losses, 1):
+            if i % 32 == 0:
+                report(f"{phase:<6} batch {i:4d}  loss {loss:.3f}")
+
     rng, tokenizer = Random(seed), build_tokenizer()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
@@ -88,17 +94,14 @@ def build_models(
         policy.generation_config.max_new_tokens = task.RESPONSE_LENGTH
         if trained:
             texts = task.demonstrations(demonstrations, rng)
-            for i, loss in enumerate(sft.finetune(policy, tokenizer, texts, batch_size=32, learning_rate=1e-2), 1):
-                report("sft", i, loss)
+            follow("sft", sft.finetune(policy, tokenizer, texts, batch_size=32, learning_rate=1e-2))
         reference = roles.frozen_copy(policy)
 
         reward: Any = hf.LlamaForSequenceClassification(_config(tokenizer, num_labels=1)).eval()
         if trained:
             reward.base_model.load_state_dict(policy.base_model.state_dict())
             labelled = task.preference_pairs(pairs, rng, noise=noise)
-            losses = reward_modeling.train(reward, tokenizer, labelled, batch_size=16, learning_rate=2e-3)
-            for i, loss in enumerate(losses, 1):
-                report("reward", i, loss)
+            follow("reward", reward_modeling.train(reward, tokenizer, labelled, batch_size=16, learning_rate=2e-3))
             prompt = encode_prompts(tokenizer, task.prompts() * 4)
             eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
             rollout = sample(reference, *prompt, T=task.RESPONSE_LENGTH, temperature=1.0, eos=eos, pad=pad)
@@ -185,12 +188,13 @@ def gold_scores(tokenizer: Any, drawn: Rollout) -> list[float]:
     return [task.gold_score(*text) for text in zip(prompts, responses, strict=True)]
 
 
-def mean_gold(policy: Any, tokenizer: Any, repeats: int = 8) -> float:
-    """The gold score of `repeats` responses to each of the task's prompts, always from the same random numbers."""
+def mean_gold(policy: Any, tokenizer: Any) -> float:
+    """The gold score of some 512 responses to the task's prompts, always from the same random numbers."""
+    prompts = (task.prompts() * 8)[: 512 // scale.world() * scale.world()]
+    prompt = (x.to(policy.device) for x in encode_prompts(tokenizer, prompts))
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        prompt = (x.to(policy.device) for x in encode_prompts(tokenizer, task.prompts() * repeats))
-        eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         drawn = sample(policy, *prompt, T=task.RESPONSE_LENGTH, temperature=1.0, eos=eos, pad=pad)
     return sum(gold := gold_scores(tokenizer, drawn)) / len(gold)
 

@@ -129,7 +129,9 @@ def test_a_reward_model_with_too_few_tokens_is_refused(on_disk, tmp_path):
     config = transformers.LlamaConfig(vocab_size=20, num_labels=1, pad_token_id=0, hidden_size=8, intermediate_size=8,
                                       num_hidden_layers=1, num_attention_heads=1)  # fmt: skip
     transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
-    assert "(20 tokens)" in refusal(disk(folder, tmp_path / "out", "--reward", tmp_path / "reward"))
+    assert "the reward model reads 20 tokens" in refusal(
+        disk(folder, tmp_path / "out", "--reward", tmp_path / "reward")
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,10 +142,13 @@ def test_a_reward_model_with_too_few_tokens_is_refused(on_disk, tmp_path):
         (["--value", "{policy}"], "no weights for score"),
         (["--tokenizer", "{none}"], "no tokenizer in {none}"),
         (["--prompts", "{none}"], "cannot be read: No such file"),
-        (["--prompts", "{empty}"], "no prompt in {empty}"),
+        (["--prompts", "{empty}"], "no prompt to answer (prompts: {empty})"),
         (["--prompts", "{bad}"], 'one JSON object with "prompt" a line'),
-        (["--prompts", "{long}"], "prompt 2 of {long} has 61 tokens"),
-        (["--response-length", "60"], "than the policy model's context of 64"),
+        (
+            ["--prompts", "{long}"],
+            "prompts of 61 tokens and 6 more do not fit the policy model's context of 64 (prompts: {long})",
+        ),
+        (["--response-length", "60"], "60 more do not fit the policy model's context of 64"),
         (["--out", "{empty}"], "File exists"),
         (["--resume"], "no saved state"),
         (["--learning-rate", "inf"], "iteration 1 stopped"),
@@ -217,9 +222,9 @@ def test_the_page_is_whole_and_asks_for_nothing(tmp_path):
 
 
 def test_a_curve_runs_from_corner_to_corner():
-    panel = curves.Panel("kl", "KL", "nats")
-    drawn = ET.fromstring(curves.svg(panel, {"run": [{"step": 1, "kl": 0.0}, {"step": 11, "kl": 10.0}]}))
-    raw = next(x for x in drawn.iter("path") if x.get("class") == "run raw")
-    points = [float(x) for x in re.findall(r"[\d.]+", raw.get("d"))]
+    rows = [{"step": 1, "kl": 0.0}, {"step": 2, "kl": math.nan}, {"step": 11, "kl": 10.0}]
+    drawn = ET.fromstring(curves.svg({"run": rows}, "kl", "KL", "nats"))
+    run = next(x for x in drawn.iter("path") if x.get("class") == "run")
+    points = [float(x) for x in re.findall(r"[\d.]+", run.get("d"))]
     left, bottom, right, top = curves.LEFT, curves.H - curves.BOTTOM, curves.W - curves.RIGHT, curves.TOP
     assert points == pytest.approx([left, bottom, right, top], abs=0.1)
