@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.reach import is_adapter
@@ -68,7 +69,7 @@ def _dtype(role: Role, p: Parameters, declared: Any) -> Iterator[Finding]:
         return
     yield _finding(
         role,
-        f"dtype {asked} is declared and the {role}'s weights are {loaded}. Load them as declared, or mend the "
+        f"dtype {asked} is declared and the {spoken(role)}'s weights are {loaded}. Load them as declared, or mend the "
         "declaration.",
         Evidence(
             "dtype of most weights", asked, loaded, where=f"{p.dtypes[loaded]} of {sum(p.dtypes.values())} scalars"
@@ -84,8 +85,8 @@ def _share(role: Role, p: Parameters, m: Manifest) -> Iterator[Finding]:
     if base:
         yield _finding(
             role,
-            f"The {role} has an adapter and {p.trainable / p.total:.0%} of its parameters train: its base is not "
-            "frozen. Freeze it, or declare full training.",
+            f"The {spoken(role)} has an adapter and {p.trainable / p.total:.0%} of its parameters train: its base is "
+            "not frozen. Freeze it, or declare full training.",
             Evidence(
                 "share that trains", f"at most {SHARE:.0%}", f"{p.trainable / p.total:.0%}", where=", ".join(base[:3])
             ),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.reach import Held, Reach, is_adapter
@@ -13,7 +14,6 @@ from rlhf_doctor.instruments.readings import Manifest, Parameters
 
 TRAINED: tuple[Role, ...] = ("policy", "value")
 WRAPPING = ("weight", "modules_to_save", "default", "original_module")
-NAMES: Mapping[Role, str] = {"policy": "policy", "value": "critic"}
 
 
 @check(
@@ -88,7 +88,7 @@ def _frozen(role: Role, p: Parameters, manifest: Manifest | None, reach: Reach |
     else:
         return None
     return Finding(
-        f"The {NAMES[role]} will not learn: {said}. Require gradients of what should train before the optimizer is "
+        f"The {spoken(role)} will not learn: {said}. Require gradients of what should train before the optimizer is "
         "built.",
         role=role,
         confidence=Confidence.PROVEN,
@@ -120,7 +120,7 @@ def _loose(
     if none and copied:
         said += "; one holds a copy of them, of the same shapes, that is no model of this setup"
     return Finding(
-        f"The {NAMES[role]} will not learn{'' if none else ' in full'}: {said}. Build the optimizer from the very "
+        f"The {spoken(role)} will not learn{'' if none else ' in full'}: {said}. Build the optimizer from the very "
         "model that the loop calls, after the last time it was wrapped or copied.",
         role=role,
         severity=None if grave else Severity.WARNING,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Manifest
 
@@ -60,14 +61,14 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
             hit[role] = (saved, run)
     if not hit:
         return
-    roles = ", ".join(hit)
+    roles = ", ".join(map(spoken, hit))
     yield Finding(
         f"Models that were saved in bfloat16 are run in float16: {roles}. Their activations may pass float16's 65504 "
         "and turn into NaN: run them in bfloat16 or float32.",
         role=next(iter(hit)) if len(hit) == 1 else "setup",
         confidence=Confidence.MEASURED,
         evidence=tuple(
-            Evidence(f"dtype that the {role} runs in", "bfloat16 or float32", f"float16 ({run})", where=saved)
+            Evidence(f"dtype that the {spoken(role)} runs in", "bfloat16 or float32", f"float16 ({run})", where=saved)
             for role, (saved, run) in hit.items()
         ),
     )

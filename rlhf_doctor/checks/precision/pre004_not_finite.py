@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import MODEL_ROLES, Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Output, Parameters
-
-NAMES = {"value": "critic", "reward": "reward model"}
 
 
 @check("PRE004", "parameters and outputs are finite", stage=Stage.PROBE, severity=Severity.ERROR)
@@ -45,7 +44,7 @@ def not_finite(
         if p is not None and p.non_finite:
             names = ", ".join(p.non_finite[:4]) + (" …" if len(p.non_finite) > 4 else "")
             yield Finding(
-                f"The {NAMES.get(role, role)} has NaN or infinite entries in {len(p.non_finite)} of its tensors "
+                f"The {spoken(role)} has NaN or infinite entries in {len(p.non_finite)} of its tensors "
                 f"({names}). Every entry should be "
                 "finite: go back to the last checkpoint without them.",
                 role=role,
@@ -62,14 +61,14 @@ def not_finite(
             )
         elif role != "reward" and o is not None and p is not None and o.meaningless:
             yield Finding(
-                f"The {NAMES.get(role, role)} emits NaN or infinite numbers for real tokens although its "
+                f"The {spoken(role)} emits NaN or infinite numbers for real tokens although its "
                 "parameters are finite. They should be "
                 "finite: run it in float32 to see whether it overflows, and look for divisions by 0.",
                 role=role,
                 confidence=Confidence.PROVEN,
                 evidence=(
                     Evidence(
-                        f"the {role}'s output",
+                        f"the {spoken(role)}'s output",
                         "finite",
                         f"from {o.minimum:g} to {o.maximum:g}",
                         where=f"{o.where}, {o.dtype}",

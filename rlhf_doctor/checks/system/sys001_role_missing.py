@@ -12,10 +12,10 @@ from rlhf_doctor.instruments.algorithms import algorithm_kind, critic_options, n
 from rlhf_doctor.instruments.readings import Manifest, Output
 
 NEED: Mapping[Role, str] = {
-    "policy": "the model that is trained",
-    "reward": "a model or a function that scores each response",
-    "value": "the critic, whose estimates the advantages are differences of",
-    "reference": "the frozen policy from before RL, which the KL penalty is measured against",
+    "policy": "a policy, the model that is trained",
+    "reward": "a reward, a model or a function that scores each response",
+    "value": "a value model (critic), whose estimates the advantages are differences of",
+    "reference": "a reference, the frozen policy from before RL that the KL penalty is measured against",
 }
 
 
@@ -30,9 +30,9 @@ def role_missing(
 ) -> Iterator[Finding]:
     """
     What it examines:
-        The roles that are given, against the declared algorithm: PPO takes a policy, a reward, a value model and,
-        where the KL coefficient is not zero, a reference. GRPO, RLOO and REINFORCE++ take no value model, and a
-        reference only where a KL coefficient is declared. A reward function, a reference that is the policy with its
+        The roles that are given, against the declared algorithm: PPO takes a policy, a reward, a value model
+        (critic) and, where the KL coefficient is not zero, a reference. GRPO, RLOO and REINFORCE++ take no critic, and
+        a reference only where a KL coefficient is declared. A reward function, a reference that is the policy with its
         adapter off, and a value head inside the policy's module count as given.
 
     Why it matters:
@@ -51,21 +51,20 @@ def role_missing(
 
     Source:
         Ouyang et al. 2022, https://arxiv.org/abs/2203.02155 (the four models of RLHF with PPO); Shao et al. 2024,
-        https://arxiv.org/abs/2402.03300 (GRPO: no value model); no reference is loaded where the coefficient is 0:
+        https://arxiv.org/abs/2402.03300 (GRPO: no critic); no reference is loaded where the coefficient is 0:
         https://github.com/huggingface/trl/issues/4040.
     """
     declared = setup.declared
     kind = algorithm_kind(declared)
     if kind is None:
-        raise Unavailable("needs declared.algorithm")
+        raise Unavailable("needs an algorithm to be declared")
     named = str(declared["algorithm"]) if declared.get("algorithm") else "PPO"
     for role in _needed(kind, declared):
         if setup.model(role) is not None or (role == "value" and _policy_has_values(manifest, policy_output)):
             continue
         said = f"algorithm {named}" if declared.get("algorithm") else ", ".join(critic_options(declared))
         yield Finding(
-            f"{named} needs a {role} model and none is given: {NEED[role]}. Give it, or declare that it is left out "
-            "on purpose.",
+            f"{named} needs {NEED[role]}; none is given. Give it, or declare that it is left out on purpose.",
             role=role,
             confidence=Confidence.PROVEN,
             evidence=(
@@ -74,7 +73,7 @@ def role_missing(
         )
     if kind == "critic-free" and setup.value is not None:
         yield Finding(
-            f"{named} has no critic, so the value model that is given is neither used nor trained.",
+            f"{named} has no critic, so the one that is given is neither used nor trained.",
             role="value",
             severity=Severity.INFO,
             confidence=Confidence.PROVEN,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.pickled import Pickled
 from rlhf_doctor.instruments.readings import Manifest, Output, Parameters
@@ -60,8 +61,8 @@ def role_swapped(
         if role in ("reward", "value") and _is_language_model(role, m, told, setup):
             yield _finding(
                 role,
-                f"The {role} is a causal language model ({_name(m)}): it gives logits over the vocabulary and has no "
-                "scalar head. It should be a model that was trained to end in one number.",
+                f"The {spoken(role)} is a causal language model ({_name(m)}): it gives logits over the vocabulary and "
+                "has no scalar head. It should be a model that was trained to end in one number.",
                 m,
                 told,
                 "a scalar head",
@@ -69,8 +70,8 @@ def role_swapped(
         if role in ("policy", "reference") and _is_classifier(m, told):
             yield _finding(
                 role,
-                f"The {role} is a classifier ({_name(m)}): it has a scalar head and no vocabulary head, so it is no "
-                "language model. It should give a distribution over the vocabulary at every token.",
+                f"The {spoken(role)} is a classifier ({_name(m)}): it has a scalar head and no vocabulary head, so it "
+                "is no language model. It should give a distribution over the vocabulary at every token.",
                 m,
                 told,
                 "a vocabulary head",
@@ -130,9 +131,9 @@ def _exchanged(
         return
     observed = f"reward {_name(reward)}, value {_name(value)}"
     if trains == "reward":
-        observed += "; the reward's parameters train, the value model's are frozen"
+        observed += "; the reward's parameters train, the value's are frozen"
     yield Finding(
-        "Reward and value model look exchanged: the one given as reward scores every token and the one given as value "
+        "Reward model and critic look exchanged: the one given as reward scores every token and the one given as value "
         "pools a sequence into one score, or only the reward's parameters train. Exchange the two.",
         role="setup",
         confidence=Confidence.MEASURED,

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Manifest
 from rlhf_doctor.instruments.sharing import Sharing
-
-SPOKEN: Mapping[Role, str] = {"value": "critic", "reward": "reward model"}
 
 
 @check("SYS003", "models that must be separate share no trained weights", stage=Stage.PROBE, severity=Severity.ERROR)
@@ -48,7 +47,7 @@ def roles_share_weights(
         if {s.first, s.second} == {"policy", "value"}:
             yield from _trunk(s, setup)
             continue
-        first, second = SPOKEN.get(s.first, s.first), SPOKEN.get(s.second, s.second)
+        first, second = spoken(s.first), spoken(s.second)
         adapted = "policy" in manifest and manifest["policy"].adapter is not None and s.first == "policy"
         drifts = bool(s.trainable) and s.moves is not False
         useless = not s.trainable and s.whole and not adapted
@@ -76,15 +75,15 @@ def _count(names: tuple[str, ...]) -> str:
 def _evidence(s: Sharing) -> Iterator[Evidence]:
     shown = ", ".join((s.trainable or s.names)[:4]) + (" …" if len(s.trainable or s.names) > 4 else "")
     yield Evidence(
-        f"tensors of the {s.first} in the {s.second}'s memory",
+        f"tensors of the {spoken(s.first)} in the {spoken(s.second)}'s memory",
         "0 that train",
         f"{len(s.names)}, of which {len(s.trainable)} train",
         where=shown,
-        reproduce=f"[p.data_ptr() for p in {s.first}.parameters()] against those of the {s.second}",
+        reproduce=f"[p.data_ptr() for p in {s.first}.parameters()] against {s.second}'s",
     )
     if s.moves:
         yield Evidence(
-            f"the {s.second}'s output after the shared tensors were changed", "the same", "another", where=s.second
+            f"the {spoken(s.second)}'s output after the shared tensors changed", "the same", "another", where=s.second
         )
 
 

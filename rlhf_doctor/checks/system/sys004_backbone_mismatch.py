@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Manifest
 
@@ -59,15 +60,16 @@ def backbone_mismatch(setup: Any, manifest: Mapping[Role, Manifest]) -> Iterator
                        "That is fine where texts are decoded and encoded again with its own tokenizer.")  # fmt: skip
 
 
-def _finding(role: Role, other: str, apart: list[tuple[str, str, str]], severity: Severity, advice: str) -> Finding:
+def _finding(role: Role, other: Role, apart: list[tuple[str, str, str]], severity: Severity, advice: str) -> Finding:
     said = "; ".join(f"{what} {mine}, not {theirs}" for what, theirs, mine in apart[:4])
     return Finding(
-        f"The {role}'s backbone differs from the {other}'s: {said}. {advice}",
+        f"The {spoken(role)}'s backbone differs from the {spoken(other)}'s: {said}. {advice}",
         role=role,
         severity=severity,
         confidence=Confidence.PROVEN,
         evidence=tuple(
-            Evidence(f"{role}: {what}", theirs, mine, where=f"{other} has {theirs}") for what, theirs, mine in apart
+            Evidence(f"{spoken(role)}: {what}", theirs, mine, where=f"{spoken(other)} has {theirs}")
+            for what, theirs, mine in apart
         ),
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.checks.roles_said import blamed, listed
+from rlhf_doctor.checks.roles_said import blamed, listed, spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Manifest
 from rlhf_doctor.instruments.vocabularies import Fed
@@ -48,8 +48,8 @@ def vocabulary_mismatch(
             number, theirs, mine = fed.examples[0]
             share = f"{fed.differing} of {fed.compared} ids"
             yield Finding(
-                f"The {role} was trained with another tokenizer than the one whose ids it is fed: {share} are other "
-                f"tokens (id {number} is {theirs!r} to one and {mine!r} to the other). {_advice(role)}",
+                f"The {spoken(role)} was trained with another tokenizer than the one whose ids it is fed: {share} are "
+                f"other tokens (id {number} is {theirs!r} to one and {mine!r} to the other). {_advice(role)}",
                 role=role,
                 confidence=Confidence.PROVEN,
                 evidence=(
@@ -85,10 +85,10 @@ def _too_small(manifest: Mapping[Role, Manifest], small: Mapping[Role, tuple[int
     )
 
 
-def _advice(role: str) -> str:
+def _advice(role: Role) -> str:
     if role == "reward":
         return "Encode the texts again with its own tokenizer, or take a reward model of the policy's family."
-    return f"The {role} needs the policy's tokenizer."
+    return f"The {spoken(role)} needs the policy's tokenizer."
 
 
 def _reward_tokenizer(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.checks.roles_said import blamed
+from rlhf_doctor.checks.roles_said import blamed, spoken
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.capacity import Capacity, needed_length
@@ -86,7 +86,7 @@ def _positions(m: Manifest) -> int | None:
 
 
 def _finding(short: Mapping[Role, tuple[str, str]], length: int) -> Finding:
-    said = ", ".join(f"the {role} {what}" for role, (what, _) in short.items())
+    said = ", ".join(f"the {spoken(role)} {what}" for role, (what, _) in short.items())
     return Finding(
         f"Prompt and response together take {length} tokens; {said}. Shorten them or use a model that holds them.",
         role=blamed(tuple(short), "setup"),

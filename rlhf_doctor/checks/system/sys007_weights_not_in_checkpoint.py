@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.anatomy import Gap, gaps
 from rlhf_doctor.instruments.readings import Loading, Manifest
@@ -51,8 +52,8 @@ def weights_not_in_checkpoint(
         for gap in found:
             names = ", ".join(gap.names[:3]) + (f" and {len(gap.names) - 3} others" if len(gap.names) > 3 else "")
             yield Finding(
-                f"The {role}'s checkpoint {VERB[gap.kind]} {names}. Expected: {gap.expected}; found: {gap.observed}. "
-                "Whatever loads it puts random numbers there, or fails.",
+                f"The {spoken(role)}'s checkpoint {VERB[gap.kind]} {names}. Expected: {gap.expected}; found: "
+                f"{gap.observed}. Whatever loads it puts random numbers there, or fails.",
                 role=role,
                 confidence=Confidence.PROVEN,
                 evidence=(
@@ -80,7 +81,7 @@ def _dropped_bias(role: Role, m: Manifest) -> Iterator[Finding]:
     bias = next((name for name in m.tensors if name.split(".")[-2:] == ["score", "bias"]), None)
     if stock and bias and m.model_type not in (None, "bert", "roberta") and not m.needs_remote_code:
         yield Finding(
-            f"The {role}'s checkpoint has {bias}, and {m.class_name} has no bias in its head: it is dropped on "
+            f"The {spoken(role)}'s checkpoint has {bias}, and {m.class_name} has no bias in its head: it is dropped on "
             "loading, which shifts every score by it. Fold it into the rewards' mean, or use a class with a bias.",
             role=role,
             severity=Severity.WARNING,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.checks.roles_said import blamed, listed
+from rlhf_doctor.checks.roles_said import blamed, listed, spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.pickled import Pickled
 from rlhf_doctor.instruments.readings import Manifest
@@ -60,12 +60,10 @@ def remote_code_or_pickle(
 
 
 def _pickle(role: Role, m: Manifest, name: str, imports: tuple[str, ...]) -> Finding:
+    it = f"The {spoken(role)}'s weights in {name} are a pickle"
     shown = ", ".join(imports[:4])
-    unsafe = (
-        f"The {role}'s weights in {name} are a pickle that imports {shown}: loading it can run anything. Convert it to "
-        "safetensors in a safe place."
-    )
-    plain = f"The {role}'s weights in {name} are a pickle of plain tensors, which loads safely with weights_only=True."
+    unsafe = f"{it} that imports {shown}: loading it can run anything. Convert it to safetensors in a safe place."
+    plain = f"{it} of plain tensors, which loads safely with weights_only=True."
     return Finding(
         unsafe if imports else plain,
         role=role,

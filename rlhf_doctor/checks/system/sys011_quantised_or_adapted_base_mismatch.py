@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Manifest
 
@@ -20,8 +21,8 @@ def quantised_or_adapted_base_mismatch(manifest: Mapping[Role, Manifest]) -> Ite
     """
     What it examines:
         PEFT adapters, on disk and in memory: the shapes of their tensors against the base's, the name of the base
-        against the one it was trained on, the task type against the role, and whether the adapter of a reward or
-        value model has its scalar head (among its own tensors, in value_head.safetensors, or in the base).
+        against the one it was trained on, the task type against the role, and whether the adapter of a reward model
+        or critic has its scalar head (among its own tensors, in value_head.safetensors, or in the base).
 
     Why it matters:
         An adapter is a difference from one particular base: on another it is noise, and if the shapes agree nothing
@@ -33,7 +34,7 @@ def quantised_or_adapted_base_mismatch(manifest: Mapping[Role, Manifest]) -> Ite
         although its curves were fine.
 
     How to fix:
-        1. Train reward and value adapters with task_type="SEQ_CLS" (or "TOKEN_CLS"), or name the head in
+        1. Train adapters of reward models and critics with task_type="SEQ_CLS" (or "TOKEN_CLS"), or name the head in
            modules_to_save.
         2. Load an adapter on the base that its adapter_config.json names; merge an SFT adapter before training on
            top of it, and use that merged model as base from then on.
@@ -62,7 +63,7 @@ def _task(role: Role, m: Manifest) -> Iterator[Finding]:
         if task in CLASSIFIES:
             yield _finding(
                 role,
-                f"The {role}'s adapter was made for {task}; a language model's is CAUSAL_LM. Use the "
+                f"The {spoken(role)}'s adapter was made for {task}; a language model's is CAUSAL_LM. Use the "
                 "adapter that was trained on the language model.",
                 Evidence("task_type", "CAUSAL_LM", str(task), where=where),
             )
@@ -73,7 +74,7 @@ def _task(role: Role, m: Manifest) -> Iterator[Finding]:
         if role == "reward" and task == "CAUSAL_LM" and heads and not kept:
             yield _finding(
                 role,
-                "The reward's adapter has task type CAUSAL_LM, so its scalar head was neither trained "
+                "The reward model's adapter has task type CAUSAL_LM, so its scalar head was neither trained "
                 "nor saved with it. Use SEQ_CLS, or name the head in modules_to_save.",
                 Evidence("task_type", "SEQ_CLS, or the head in modules_to_save", "CAUSAL_LM", where=where),
             )
@@ -81,7 +82,7 @@ def _task(role: Role, m: Manifest) -> Iterator[Finding]:
         sure = bool(m.tensors) or bool(promised)
         yield _finding(
             role,
-            f"The {role}'s adapter (task type {task}) holds no scalar head and its base has none"
+            f"The {spoken(role)}'s adapter (task type {task}) holds no scalar head and its base has none"
             f"{'' if m.tensors else ' that could be read'}: it will be loaded with a random one. Train it "
             "with SEQ_CLS or modules_to_save and save it again.",
             Evidence("tensors of the head", "at least one", "none", where=where),
@@ -109,7 +110,7 @@ def _base(role: Role, m: Manifest) -> Iterator[Finding]:
         name, size, shape = wrong[0]
         yield _finding(
             role,
-            f"The {role}'s adapter does not fit its base: {len(wrong)} of {len(targets)} factors have "
+            f"The {spoken(role)}'s adapter does not fit its base: {len(wrong)} of {len(targets)} factors have "
             f"another size, {name} has {size} where the base's matrix is {shape}. Load the base it was "
             "trained on.",
             Evidence("sizes of the low-rank factors", str(shape), str(size), where=name),
@@ -118,7 +119,7 @@ def _base(role: Role, m: Manifest) -> Iterator[Finding]:
         name = next(iter(targets))
         yield _finding(
             role,
-            f"The {role}'s adapter changes layers that its base has not, {targets[name]} for one. "
+            f"The {spoken(role)}'s adapter changes layers that its base has not, {targets[name]} for one. "
             "Load the base it was trained on.",
             Evidence("layers of the base", targets[name], "absent", where=name),
         )
@@ -132,7 +133,7 @@ def _name(role: Role, m: Manifest) -> Iterator[Finding]:
         if names[0] != names[1]:
             yield _finding(
                 role,
-                f"The {role}'s adapter was trained on {trained} and sits on {loaded}. Load it on the "
+                f"The {spoken(role)}'s adapter was trained on {trained} and sits on {loaded}. Load it on the "
                 "base it was trained on, unless that is the same model under another name.",
                 Evidence("base of the adapter", trained, loaded, where="peft_config"),
                 Severity.WARNING,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.materials import Materials
 
@@ -42,7 +43,8 @@ def parameters_not_materialised(materials: Mapping[Role, Materials]) -> Iterator
         if found.absent:
             why = ", ".join(f"{count} {word}" for word, count in Counter(found.absent.values()).items())
             yield Finding(
-                f"Parameters of the {role} are not in memory: {why}. Load or gather them before the first forward.",
+                f"Parameters of the {spoken(role)} are not in memory: {why}. "
+                "Load or gather them before the first forward.",
                 role=role,
                 confidence=Confidence.PROVEN,
                 evidence=(
@@ -51,8 +53,8 @@ def parameters_not_materialised(materials: Mapping[Role, Materials]) -> Iterator
             )
         elif found.matrices and 2 * len(found.constant) >= found.matrices:
             yield Finding(
-                f"{len(found.constant)} of the {role}'s {found.matrices} weight matrices hold one single number: they "
-                "were never initialised or loaded. Load the checkpoint into them.",
+                f"{len(found.constant)} of the {spoken(role)}'s {found.matrices} weight matrices hold one single "
+                "number: they were never initialised or loaded. Load the checkpoint into them.",
                 role=role,
                 confidence=Confidence.PROVEN,
                 evidence=(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.eos_use import EosUse
 from rlhf_doctor.instruments.prompts import PaddedPrompts
@@ -59,8 +60,8 @@ def pad_is_eos(
         )
     for role, use in hidden:
         yield Finding(
-            f"Pad and EOS are one id, and the {role} masks every EOS although its attention mask does not: it infers "
-            "pads from token ids. Use the mask that it is given.",
+            f"Pad and EOS are one id, and the {spoken(role)} masks every EOS although its attention mask does not: it "
+            "infers pads from token ids. Use the mask that it is given.",
             role=role,
             confidence=Confidence.PROVEN,
             evidence=(

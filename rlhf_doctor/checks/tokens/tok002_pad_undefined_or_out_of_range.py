@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.checks.roles_said import blamed, listed
+from rlhf_doctor.checks.roles_said import blamed, listed, spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Manifest, TokenizerInfo
 from rlhf_doctor.instruments.stops import ids_in
@@ -56,8 +56,8 @@ def pad_undefined_or_out_of_range(
             graves.append(
                 _finding(
                     role,
-                    f"The pad token {info.pad!r} has id {info.pad_id} and the {role}'s embedding has {rows} rows: it "
-                    "has no embedding. Resize the embedding, or pad with a token that it has.",
+                    f"The pad token {info.pad!r} has id {info.pad_id} and the {spoken(role)}'s embedding has {rows} "
+                    "rows: it has no embedding. Resize the embedding, or pad with a token that it has.",
                     Evidence("pad id", f"below {rows}", str(info.pad_id), where=info.where),
                 )
             )
@@ -107,8 +107,8 @@ def _config(role: Role, m: Manifest, info: TokenizerInfo) -> Iterator[Finding]:
     nested = "" if told == m.raw_config.get("pad_token_id", told) else " (its nested text config decides)"
     yield _finding(
         role,
-        f"The {role}'s config has {'no pad id' if told is None else f'pad id {told}'}{nested} and the tokenizer pads "
-        f"with {info.pad_id} ({info.pad!r}). "
+        f"The {spoken(role)}'s config has {'no pad id' if told is None else f'pad id {told}'}{nested} and the "
+        f"tokenizer pads with {info.pad_id} ({info.pad!r}). "
         + (
             "The model looks for the end of a text by its config's id, so it reads its score at a pad or refuses "
             "batches: set it to the tokenizer's."

@@ -64,7 +64,7 @@ def padding_side(
             )
     elif info is not None and info.padding_side == "right" and setup.prompts and not isinstance(setup.prompts, Mapping):
         yield Finding(
-            "The tokenizer pads on the right. That is usual for reward and value models; see to it that the loop pads "
+            "The tokenizer pads on the right. That is usual for reward models and critics; the loop should pad "
             "prompts on the left before the policy generates.",
             role="tokenizer",
             severity=Severity.INFO,

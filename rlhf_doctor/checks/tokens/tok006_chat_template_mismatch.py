@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.chat import Turns, turns_of
@@ -52,7 +53,7 @@ def chat_template_mismatch(setup: Any, manifest: Mapping[Role, Manifest]) -> Ite
             continue
         foreign = role == "reward" and setup.reward_tokenizer is not None and other.fingerprint != info.fingerprint
         yield Finding(
-            f"The {role}'s tokenizer renders the same conversation differently from the policy's. "
+            f"The {spoken(role)}'s tokenizer renders the same conversation differently from the policy's. "
             + (
                 "That is sound only if texts are rendered anew for it, from the messages."
                 if foreign
