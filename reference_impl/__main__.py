@@ -104,7 +104,7 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
         models = loading.load_models(out / "reference", out / "reward")
     else:
         sizes = {name: getattr(given, name) for name in ("demonstrations", "pairs", "noise")}
-        models = setup.build_models(given.seed, trained=True, **sizes, report=say)
+        models = setup.build_models(given.seed, trained=True, **sizes, reward_learning_rate=2e-3, report=say)
         summary = setup.judge_reward(models, given.seed, given.noise)
         say("reward " + "  ".join(f"{name} {x:.3f}" for name, x in summary.items()))
     if saved is None:

@@ -73,6 +73,7 @@ def build_models(
     demonstrations: int = 2048,
     pairs: int = 2048,
     noise: float = 0.0,
+    reward_learning_rate: float = 4e-3,
     report: Callable[[str], None] = lambda _: None,
 ) -> Models:
     """The four models, after SFT and reward modelling, or with random weights if not `trained`.
@@ -101,7 +102,8 @@ def build_models(
         if trained:
             reward.base_model.load_state_dict(policy.base_model.state_dict())
             labelled = task.preference_pairs(pairs, rng, noise=noise)
-            follow("reward", reward_modeling.train(reward, tokenizer, labelled, batch_size=16, learning_rate=2e-3))
+            rate = reward_learning_rate  # a high one for few and clean pairs
+            follow("reward", reward_modeling.train(reward, tokenizer, labelled, batch_size=16, learning_rate=rate))
             prompt = encode_prompts(tokenizer, task.prompts() * 4)
             eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
             rollout = sample(reference, *prompt, T=task.RESPONSE_LENGTH, temperature=1.0, eos=eos, pad=pad)
