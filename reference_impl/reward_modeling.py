@@ -40,17 +40,9 @@ def preference_loss(
     return likelihood + eos_coef * (finished - cut).square().mean()
 
 
-def train(
-    reward: Any, tokenizer: Any, pairs: Sequence[Pair], *, batch_size: int, learning_rate: float
-) -> Iterator[float]:
-    """Fits the reward model to the pairs (prompt, chosen, rejected); yields each batch's loss."""
-    return fit(
-        reward,
-        lambda batch: preference_loss(reward, tokenizer, batch),
-        pairs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-    )
+def train(reward: Any, tokenizer: Any, pairs: Sequence[Pair], **how: Any) -> Iterator[float]:
+    """Fits the reward model to the pairs (prompt, chosen, rejected), `how` as in `fit`; yields each batch's loss."""
+    return fit(reward, lambda batch: preference_loss(reward, tokenizer, batch), pairs, **how)
 
 
 @torch.no_grad()

@@ -23,6 +23,9 @@ __all__ = ["assemble", "build_models", "build_setup", "build_tokenizer", "save_c
 POSITIONS = 64  # more than the longest prompt (10 tokens) and response (20)
 hf: Any = transformers  # its constructors are not annotated
 ROLES = ("policy", "reference", "reward", "value")
+ALGORITHM = {"algorithm": "ppo", "kl_estimator": "k1", "kl_in": "reward", "top_k": 0, "top_p": 1.0, "ent_coef": 0.0}
+MODELS = {"reference": "policy", "value_init": "reward", "policy_init": "sft", "shared_trunk": False}
+DECLARED = ALGORITHM | MODELS | {"loss_aggregation": "token-mean", "dense_rewards": False}  # what is no setting
 TASK = ppo.Settings(batch_size=64, learning_rate=3e-4, critic_learning_rate=1e-3, kl_coef=0.05)  # what suits the task
 DISK = ppo.Settings(learning_rate=3e-6, critic_learning_rate=3e-6, response_length=64)  # learning rates of [N+]
 
@@ -143,22 +146,10 @@ def assemble(
         "state": [adaptive] if adaptive else [],
         "declared": {
             **{name: x for name, x in asdict(s).items() if x is not None},
-            "algorithm": "ppo",
-            "kl_estimator": "k1",
-            "kl_in": "reward",
-            "top_k": 0,
-            "top_p": 1.0,
-            "ent_coef": 0.0,
+            **DECLARED,
             "prompt_length": max(map(len, models.tokenizer(prompts)["input_ids"])),
-            "dtype": "float32",
-            "reference": "policy",
-            "value_init": "reward",
-            "policy_init": "sft",
             "kl_adaptive": adaptive is not None,
             **({"kl_target": adaptive.target, "kl_horizon": adaptive.horizon} if adaptive else {}),
-            "loss_aggregation": "token-mean",
-            "shared_trunk": False,
-            "dense_rewards": False,
         },
     }
 

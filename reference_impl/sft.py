@@ -61,14 +61,6 @@ def fit(
     optimizer.zero_grad()
 
 
-def finetune(
-    policy: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], *, batch_size: int, learning_rate: float
-) -> Iterator[float]:
-    """Fits the policy to the demonstrations (prompt, response); yields each batch's loss."""
-    return fit(
-        policy,
-        lambda batch: sft_loss(policy, tokenizer, batch),
-        texts,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-    )
+def finetune(policy: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], **how: Any) -> Iterator[float]:
+    """Fits the policy to the demonstrations (prompt, response), `how` being as in `fit`; yields each batch's loss."""
+    return fit(policy, lambda batch: sft_loss(policy, tokenizer, batch), texts, **how)
