@@ -1,4 +1,4 @@
-"""Measure what the tool costs, each number in a process of its own, and write reports/benchmarks.md.
+"""Measure what the tool costs, each number in a process of its own, and write it into reports/benchmarks.md.
 
 Run it from the repository's root: ``python tests/benchmarks/measure.py``. Times are compared within one run, so the
 ratios hold on any machine.
@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from benchmarks import folders  # noqa: E402  # found through the line above when this file is run as a script
+from benchmarks import folders, sections  # noqa: E402  # found through the line above when this file is run as a script
 
 from rlhf_doctor.instruments.inputs import PROBE_LENGTHS  # noqa: E402
 
@@ -187,10 +187,10 @@ def probe_rows(found: dict[str, Any]) -> list[Row]:
 
 
 def page(rows: list[Row]) -> str:
-    """reports/benchmarks.md."""
+    """Its section of reports/benchmarks.md."""
     cores = len(os.sched_getaffinity(0))
     lines = [
-        "# What an examination costs",
+        "## What an examination costs",
         "",
         f"Measured with `{COMMAND}` on {cores} CPU cores, Python {platform.python_version()}. Each number is from",
         "fresh processes, times the fastest and memory the highest of three. Only the ratios mean anything on another",
@@ -208,8 +208,7 @@ def main() -> None:
     """Measure everything, write the page, print it."""
     with tempfile.TemporaryDirectory() as folder:
         rows = static_rows(static_stage(Path(folder))) + probe_rows(probe_stage(Path(folder)))
-    (ROOT / "reports").mkdir(exist_ok=True)
-    (ROOT / "reports" / "benchmarks.md").write_text(page(rows))
+    sections.write("examination", page(rows))
     print(page(rows))
     sys.exit(1 if any(row.kept is False for row in rows) else 0)
 
