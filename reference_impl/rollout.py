@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from reference_impl import ops, roles, scale
 
@@ -85,30 +87,48 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
 @scale.forward
 @torch.no_grad()
 def sample(
-    policy: Any, prompt: Tensor, prompt_mask: Tensor, *, T: int, temperature: float, eos: int, pad: int
-) -> Rollout:
+    policy: Any, prompt: Tensor, prompt_mask: Tensor, *, T: int, temperature: float, eos: int, pad: int,
+    graphed: bool = False,
+) -> Rollout:  # fmt: skip
     """Up to T tokens a_t ~ softmax(logits_t / temperature) for each prompt (B, P), from the whole vocabulary.
 
     The random numbers are torch's global generator's, as many whenever responses end. Processes share the rows.
+    `graphed` gives every step the same shapes; one process with a CUDA device then runs them as a CUDA graph.
     """
-    mine, (B, P) = scale.my_rows(len(prompt)), prompt.shape
+    mine, (B, P), graphed = scale.my_rows(len(prompt)), prompt.shape, graphed and scale.world() == 1
     uniform = torch.rand(T, B, dtype=torch.float64)[:, mine].to(prompt.device)
     ids, attention = prompt[mine], F.pad(prompt_mask[mine], (0, T), value=1)  # (b, P), (b, P+T)
     position, head, name = roles.positions(prompt_mask[mine]), policy.get_output_embeddings(), roles.cache_name(policy)
-    response, ended = ids.new_full((len(ids), T), pad), ids.new_zeros(len(ids), dtype=torch.bool)
     cache: Any = DynamicCache(config=policy.config)
     cache.layers = [_Room(P + T) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache = StaticCache(config=policy.config, max_cache_len=P + T) if graphed else cache
+    response, ended = ids.new_full((len(ids), T), pad), ids.new_zeros(len(ids), dtype=torch.bool)
+    last, at, t = ids[:, -1:].clone(), position[:, -1:].clone(), ids.new_zeros(1)  # (b, 1), (b, 1), (1,)
+
+    def step(ids: Tensor, position: Tensor) -> None:  # changes its tensors in place, as a graph must
+        seen = attention if graphed else attention[:, : cache.get_seq_length() + ids.shape[1]]
+        out = policy.base_model(
+            input_ids=ids, attention_mask=seen, position_ids=position, use_cache=True, **{name: cache}
+        )
+        token = draw(head(out.last_hidden_state[:, -1]), temperature, uniform.index_select(0, t)[0])
+        last.copy_(token.masked_fill_(ended, pad)[:, None])
+        response.index_copy_(1, t, last)
+        ended.logical_or_(token == eos)
+        at.add_(1)
+        t.add_(1)
+
     with scale.gathered(policy):
-        for t in range(T):
-            out = policy.base_model(
-                input_ids=ids, attention_mask=attention[:, : P + t], position_ids=position, use_cache=True,
-                **{name: cache},
-            )  # fmt: skip
-            token = draw(head(out.last_hidden_state[:, -1]), temperature, uniform[t]).masked_fill(ended, pad)  # (b,)
-            response[:, t], ended = token, ended | (token == eos)
+        step(ids, position)
+        run: Callable[[], None] = partial(step, last, at)
+        for i in range(1, T):
             if bool(ended.all()):
                 break
-            ids, position = token[:, None], position[:, -1:] + 1
+            if i == 2 and graphed and ids.is_cuda:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    run()
+                run = graph.replay
+            run()
     response = scale.gather_rows(response)
     mask, ended = response_mask(response, eos)
     longest = int(mask.sum(1).max())

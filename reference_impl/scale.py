@@ -20,11 +20,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-__all__ = [
-    "all_sum", "autocast", "backward", "clip_gradients", "finish", "forward", "gather_rows", "gathered", "my_rows",
-    "rank", "shard", "start", "world",
-]  # fmt: skip
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -55,9 +50,6 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-# ---- models --------------------------------------------------------------------------------------------------------
-
-
 def shard(model: Any) -> Any:
     """The model itself, its parameters divided among the processes: each decoder layer by itself, and all the rest.
 
@@ -74,10 +66,6 @@ def shard(model: Any) -> Any:
     return model
 
 
-def _shards(model: Any) -> list[Any]:
-    return [x for x in model.modules() if isinstance(x, FSDPModule)]
-
-
 def forward(function: F) -> F:
     """function(model, …), which may call the model's body and its head, as one forward call of a sharded model."""
 
@@ -92,7 +80,7 @@ def forward(function: F) -> F:
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
     """Within it a sharded model's parameters are whole: generation calls it often, and gathers them once."""
-    shards = _shards(model)
+    shards: list[Any] = [x for x in model.modules() if isinstance(x, FSDPModule)]
     for part in shards:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -118,9 +106,6 @@ def clip_gradients(model: Any, norm: float) -> float:
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:
     """Matrix products in `dtype` ("float32", "bfloat16"); parameters, their updates and all statistics stay float32."""
     return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
-
-
-# ---- rows ----------------------------------------------------------------------------------------------------------
 
 
 def my_rows(rows: int) -> slice:

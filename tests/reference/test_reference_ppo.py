@@ -212,6 +212,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(models):
     assert torch.equal(before, weights(models.policy))
 
 
+def test_a_gradient_that_is_not_finite_stops_before_the_update(models):
+    def rooted(v, *rest):  # the loss is 0, its gradient is not
+        return (v.clamp(max=0) * 0).abs().sqrt().sum() + ops.clipped_value_loss(v, *rest) * 0
+
+    before = weights(models.value)
+    with pytest.raises(FloatingPointError, match=r"policy loss -?\d.*value grad norm (nan|inf)"):
+        iterate(models, parts=ppo.Parts(value_loss=rooted))
+    assert torch.equal(before, weights(models.value))
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_drawn(models):
+    with pytest.raises(ValueError, match="context of 64"):
+        iterate(models, replace(SMALL, response_length=60))
+
+
 def test_the_adaptive_coefficient_by_hand():
     control = ppo.AdaptiveKL(0.1, target=6.0, horizon=1000)
     control.update(6.6, 100)  # 10% over: β (1 + 0.1 · 0.1)

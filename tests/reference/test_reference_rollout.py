@@ -135,3 +135,82 @@ def test_logprobs_are_those_of_the_model_class_alone(models):
         table = (models.policy(input_ids=kept[None]).logits[0] / 0.5).log_softmax(-1)
         expected = torch.stack([table[p - 1, kept[p]] for p in range(len(kept) - n, len(kept))])
         torch.testing.assert_close(logp[i, :n], expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- drawing
+
+
+def test_a_token_is_drawn_where_the_cumulative_probability_passes_the_number():
+    logits = torch.tensor([[0.2, 0.0, 0.5, 0.3]], dtype=torch.float64).log().expand(7, 4)
+    u = torch.tensor([0.0, 0.199, 0.201, 0.699, 0.701, 0.999, 1 - 2**-53], dtype=torch.float64)
+    assert rollout.draw(logits, 1.0, u).tolist() == [0, 0, 2, 2, 3, 3, 3]
+    # At temperature 1/2 the probabilities go with their squares: 4, 0, 25 and 9 of 38.
+    u = torch.tensor([3.9, 4.1, 28.9, 29.1, 0, 0, 0], dtype=torch.float64) / 38
+    assert rollout.draw(logits, 0.5, u).tolist()[:4] == [0, 2, 2, 3]
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.full((3, 5), -torch.inf)
+    logits[:, 2] = 0.0
+    assert rollout.draw(logits, 1.0, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)).tolist() == [2, 2, 2]
+
+
+def test_the_generator_moves_as_much_whenever_responses_end(models):
+    states = []
+    for eos in (EOS, len(models.tokenizer) + 1):
+        prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts()[:3])
+        torch.manual_seed(0)
+        r = rollout.sample(models.policy, prompt, mask, T=30, temperature=1.0, eos=eos, pad=PAD)
+        states.append((torch.get_rng_state(), r.ended.all().item()))
+    assert torch.equal(states[0][0], states[1][0])
+    assert not states[1][1]
+
+
+def test_a_row_is_sampled_alike_in_any_batch(models):
+    models.policy.double()
+    prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts()[:6])
+
+    def responses(prompt, mask):
+        torch.manual_seed(0)
+        return rollout.sample(models.policy, prompt, mask, T=12, temperature=1.0, eos=EOS, pad=PAD)
+
+    pad = torch.nn.functional.pad
+    one, wider = responses(prompt, mask), responses(pad(prompt, (5, 0)), pad(mask, (5, 0)))
+    assert torch.equal(one.response, wider.response)
+    assert torch.equal(one.mask, wider.mask)
+
+
+def test_static_shapes_give_the_same_tokens(models):
+    prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts()[:8])
+    drawn = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        drawn.append(
+            rollout.sample(models.policy, prompt, mask, T=9, temperature=1.0, eos=EOS, pad=PAD, graphed=graphed)
+        )
+    assert torch.equal(drawn[0].ids, drawn[1].ids)
+    assert len(set(drawn[0].mask.sum(1).tolist())) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_gives_the_same_tokens(models):
+    models.policy.double().cuda()
+    prompt, mask = (x.cuda() for x in rollout.encode_prompts(models.tokenizer, task.prompts()[:8]))
+    drawn = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        drawn.append(
+            rollout.sample(models.policy, prompt, mask, T=20, temperature=1.0, eos=EOS, pad=PAD, graphed=graphed)
+        )
+    assert torch.equal(drawn[0].ids, drawn[1].ids)
+
+
+def test_models_that_cannot_read_the_prompts_are_named(models):
+    prompt, _ = rollout.encode_prompts(models.tokenizer, task.prompts()[:4])
+    roles.check_models(models, prompt, 20)
+    with pytest.raises(ValueError, match=r"10 tokens and 60 more do not fit the policy model's context of 64"):
+        roles.check_models(models, prompt.expand(4, -1)[:, :10], 60)
+    models.reward.set_input_embeddings(torch.nn.Embedding(40, 64))
+    with pytest.raises(ValueError, match=r"the reward model reads 40 tokens, the policy 62"):
+        roles.check_models(models, prompt, 20)
