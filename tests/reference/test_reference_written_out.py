@@ -179,3 +179,31 @@ def test_one_iteration_is_the_algorithm_written_out(double, micro):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-6)
     error = min(max(expected["kl"] / 0.5 - 1, -0.2), 0.2)
     assert control.coef == pytest.approx(S.kl_coef * (1 + error * 8 / 80), rel=1e-9)
+
+
+def test_minibatches_are_drawn_anew_each_epoch(models):
+    batch, pieces = [], []
+
+    def kl(logp, ref_logp):
+        batch.append(logp)
+        return logp - ref_logp
+
+    def policy_loss(logp, old_logp, *rest):
+        pieces.append({(batch[0] == row).all(1).nonzero().item() for row in old_logp})
+        return ppo.ops.clipped_policy_loss(logp, old_logp, *rest)
+
+    s = replace(S, batch_size=32, num_minibatches=2, response_length=4)
+    torch.manual_seed(0)
+    ppo.ppo_step(
+        models,
+        task.prompts(),
+        ppo.make_optimizers(models, s),
+        s,
+        ppo.FixedKL(0.0),
+        ppo.Parts(kl=kl, policy_loss=policy_loss),
+    )
+    halves = [pieces[0], pieces[2]]
+    assert [one | other for one, other in zip(pieces[::2], pieces[1::2], strict=True)] == [set(range(32))] * 2
+    assert halves[0] != halves[1] != set(range(32)) - halves[0]
+    for half in halves:
+        assert 0 < len(half & set(range(16))) < 16
