@@ -84,5 +84,5 @@ def page(title: str, note: str, runs: Mapping[str, Rows]) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
-        f"<p>{escape(note)}</p><p>{''.join(names)}</p><main>{''.join(figures)}</main></body></html>\n"
+        f"<p>{escape(note)}</p><p>{' '.join(names)}</p><main>{''.join(figures)}</main></body></html>\n"
     )

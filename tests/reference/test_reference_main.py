@@ -212,6 +212,7 @@ def test_as_a_command_it_exits_with_1_and_no_traceback(tmp_path):
 def test_the_page_is_whole_and_asks_for_nothing(tmp_path):
     logged = [{"step": i, "score": i / 7, "gold": 0.5, "kl": math.nan if i == 3 else i} for i in range(1, 9)]
     page = curves.page("a <run>", "note", {"one & two": logged, "other": logged[:1]})
+    assert "<run>" not in page
     assert "a &lt;run&gt;" in page
     assert "one &amp; two" in page
     assert not re.search(r"https?:|src=|url\(|@import", page)
