@@ -8,6 +8,9 @@ Departures from the papers:
 - no entropy bonus ([PPO] eq. 9 has one; [N+] does without);
 - no pretraining gradients mixed in ([InstructGPT] eq. 2, its PPO-ptx);
 - a response that reaches the length limit ends there: V = 0 after it, and the missing-EOS penalty is due;
+- log-probabilities of the rollout are computed after it, as in the updates, not kept from sampling, where a key-value
+  cache rounds otherwise; so the ratio is exactly 1 before the first update;
+- rows are moved to the left edge for everything but sampling, and minibatches cut into rows of like length;
 - gradients are clipped to norm 1, for each model by itself; the learning rate is constant ([N+] decays it).
 """
 

@@ -1,7 +1,10 @@
 """Sampling, masks and scores: against generation without a cache, and under changes that must not matter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+import transformers
 
 from reference_impl import ops, roles, rollout, task
 
@@ -156,14 +159,36 @@ def test_a_token_without_probability_is_never_drawn():
 
 
 def test_the_generator_moves_as_much_whenever_responses_end(models):
-    states = []
-    for eos in (EOS, len(models.tokenizer) + 1):
-        prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts()[:3])
+    prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts()[:1])
+
+    def drawn(eos):
         torch.manual_seed(0)
         r = rollout.sample(models.policy, prompt, mask, T=30, temperature=1.0, eos=eos, pad=PAD)
-        states.append((torch.get_rng_state(), r.ended.all().item()))
-    assert torch.equal(states[0][0], states[1][0])
-    assert not states[1][1]
+        return r.response[0].tolist(), torch.get_rng_state()
+
+    whole, state = drawn(len(models.tokenizer))
+    part, other = drawn(whole[3])
+    assert len(part) < len(whole) == 30
+    assert part == whole[: len(part)]
+    assert torch.equal(state, other)
+
+
+def test_positions_are_counted_without_the_padding(models):
+    # Llama's rotary positions are relative, GPT-2's are not: a row must read alike however far it is padded.
+    torch.manual_seed(0)
+    size = {"vocab_size": 62, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    config = transformers.GPT2Config(**size, initializer_range=0.5)
+    models = replace(models, policy=transformers.GPT2LMHeadModel(config).double().eval())
+    prompts = task.prompts()[:6]
+    cold = draw(models, prompts, temperature=1e-6)
+    logp = roles.response_logprobs(models.policy, cold.ids, cold.attention_mask, cold.mask.shape[1], 1.0)
+    for i, prompt in enumerate(prompts):
+        ids = models.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        for t in range(int(cold.mask[i].sum())):
+            table = models.policy(input_ids=ids).logits[0, -1].log_softmax(-1)
+            assert cold.response[i, t] == table.argmax()
+            assert logp[i, t].item() == pytest.approx(table.max().item(), abs=1e-10)
+            ids = torch.cat([ids, table.argmax()[None, None]], 1)
 
 
 def test_a_row_is_sampled_alike_in_any_batch(models):
