@@ -125,17 +125,17 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
     control = ppo.AdaptiveKL(s.kl_coef, given.kl_target, given.kl_horizon) if given.kl_target else None
     whole = setup.assemble(models, prompts, [], s, ppo.Parts(sample=sample), control)
     moving, done, rows = (models, whole["optimizers"], whole["state"]), 0, list[dict[str, float]]()
-    told, log = json.dumps({"seed": given.seed, **whole["declared"]}, indent=2), out / "metrics.jsonl"
+    told, metrics = json.dumps({"seed": given.seed, **whole["declared"]}, indent=2), out / "metrics.jsonl"
     torch.manual_seed(given.seed)
     if saved:
         if (out / "settings.json").read_text() != told:
             raise loading.Unusable(f"{out} was begun with other settings; {out / 'settings.json'} tells which")
         done = checkpoints.load(saved, *moving)
-        rows = [json.loads(line) for line in log.read_text().splitlines()[:done]]
+        rows = [json.loads(line) for line in metrics.read_text().splitlines()[:done]]
         say(f"going on after iteration {done}")
     if first:
         (out / "settings.json").write_text(told)
-        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for i in range(done + 1, given.iterations + 1):
         try:
             row = {"step": i, **whole["step"]()}
@@ -146,7 +146,7 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
         rows.append(row)
         last = i == given.iterations
         if first:
-            with log.open("a") as file:
+            with metrics.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if i % given.save_every == 0 or last:
             checkpoints.save(out / "state", i, *moving)
@@ -157,8 +157,12 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
             figures = "  ".join(f"{name} {row[name]:.2f}" for name in SHOWN if name in row)
             say(f"ppo {i:4d}/{given.iterations}  {figures}", "\r" if live else "\n")
 
-    # 3. The models that were trained; and on the task, what PPO has gained.
-    setup.save_checkpoints(vars(models), out, ("policy", "value"))
+    # 3. The models that were trained, with the run's log as transformers' Trainer writes it; and on the task, what PPO
+    #    has gained.
+    for folder in setup.save_checkpoints(vars(models), out, ("policy", "value")).values():
+        if first:
+            log = {"global_step": given.iterations, "log_history": rows}
+            (folder / "trainer_state.json").write_text(json.dumps(log, indent=2) + "\n")
     say(f"policy, reference, reward and value are in {out}")
     if not given.policy:
         before, after = (setup.mean_gold(model, models.tokenizer) for model in (models.reference, models.policy))

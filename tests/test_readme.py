@@ -12,6 +12,7 @@ import click
 import pytest
 from conftest import ROOT
 
+from reference_impl import __main__ as pipeline
 from rlhf_doctor.cli import cli
 from rlhf_doctor.finding import Severity
 from rlhf_doctor.pages import markdown_table, rows
@@ -51,7 +52,17 @@ def test_every_command_line_is_understood(words: list[str]) -> None:
     cli.commands[words[0]].make_context(words[0], words[1:])
 
 
+REFERENCE = re.findall(r"^(?:python|torchrun).* -m reference_impl (.*)$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("words", REFERENCE)
+def test_every_command_of_the_reference_is_understood(words: str) -> None:
+    given, _ = pipeline.parse(shlex.split(words, comments=True))
+    assert str(given.out) == "run"
+
+
 def test_every_command_is_shown() -> None:
+    assert len(REFERENCE) == 4
     assert {words[0] for words in commands()} == set(cli.commands)
 
 

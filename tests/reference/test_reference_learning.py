@@ -5,6 +5,7 @@ import json
 import pytest
 
 from reference_impl import __main__ as pipeline
+from reference_impl import setup
 
 SEED = "11"  # none that the settings were chosen on
 
@@ -20,7 +21,7 @@ def mean(rows, name):
 
 
 @pytest.mark.slow
-def test_it_learns_the_gold_preference_through_noisy_labels(tmp_path):
+def test_it_learns_the_gold_preference_through_noisy_labels(tmp_path, doctor):
     summary, rows = trained(tmp_path)
     assert summary["ceiling"] - summary["accuracy"] < 0.03
     assert summary["clean_accuracy"] > 0.96
@@ -30,6 +31,9 @@ def test_it_learns_the_gold_preference_through_noisy_labels(tmp_path):
     assert mean(rows[-10:], "eos_rate") > 0.98
     assert mean(rows[-10:], "kl") < 8
     assert max(row["first_ratio"] for row in rows) == pytest.approx(1.0, abs=1e-5)
+    folders = [part for role in setup.ROLES for part in (f"--{role}", tmp_path / role)]
+    checked = doctor("check", *folders, "--format", "terminal", "--fail-on", "warning")
+    assert checked.returncode == 0, checked.stdout  # the checker's verdict on what the pipeline leaves behind
 
 
 @pytest.mark.slow

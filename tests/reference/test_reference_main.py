@@ -56,6 +56,8 @@ def test_the_pipeline_writes_what_it_says(tmp_path, capsys):
     assert json.loads((out / "settings.json").read_text())["batch_size"] == 16
     assert all((out / role / "model.safetensors").exists() for role in setup.ROLES)
     assert all((out / role / "tokenizer.json").exists() for role in setup.ROLES)
+    state = json.loads((out / "policy" / "trainer_state.json").read_text())
+    assert (state["global_step"], state["log_history"]) == (2, rows(out))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["gain"] == pytest.approx(
         (summary["gold_after"] - summary["gold_before"]) / (1 - summary["gold_before"])
