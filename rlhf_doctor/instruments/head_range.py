@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 __all__ = ["DRIVE", "head_range"]
 
-DRIVE = 1e4
+DRIVE = 1e6
 SQUASHING = ("Sigmoid", "Tanh", "Softmax", "Relu", "Clamp", "Hardtanh", "Hardsigmoid", "Softplus", "LogSigmoid",
              "Silu", "Gelu", "Elu", "Exp", "Abs", "Neg", "LogSoftmax", "Atan", "Erf")  # fmt: skip
 
 
 @role_fact(Stage.PROBE)
 def head_range(role: str, models: Models, inputs: Inputs) -> HeadRange:
-    """Extremes of the output with the last projection to one number multiplied by ±10,000.
+    """Extremes of the output with the last projection to one number multiplied by ±1,000,000.
 
     The multiplication happens on the way, no weight is touched. A free head's output grows with the drive in both
     directions; a bounded one's does not.

@@ -142,10 +142,11 @@ def squashed(squash: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         (lambda x: 10 * torch.tanh(x / 10), False),
         (torch.sigmoid, True),
         (lambda x: torch.tanh(x), True),
+        (lambda x: torch.tanh(x / 1000), True),
         (lambda x: x.relu(), True),
         (lambda x: x.clamp(-0.3, 0.3), True),
     ],
-    ids=["wide clamp", "affine", "wide tanh", "sigmoid", "tanh", "relu", "narrow clamp"],
+    ids=["wide clamp", "affine", "wide tanh", "sigmoid", "tanh", "a tanh of small scores", "relu", "narrow clamp"],
 )
 def test_only_a_bound_that_holds_scores_back_is_found(plain: RLHFSetup, squash: Any, bad: bool) -> None:
     assert ("REW002" in grave(plain.but(reward=squashed(squash)))) is bad

@@ -133,8 +133,20 @@ def test_one_value_repeated_is_one_value_per_sequence(plain: RLHFSetup) -> None:
         (lambda x: nn.functional.gelu(x), True),
         (lambda x: 2 * torch.sigmoid(x) - 1, True),
         (lambda x: x.clamp(min=0), True),
+        (lambda x: torch.tanh(x / 1000), True),
+        (lambda x: x / 1000, False),
     ],
-    ids=["wide clamp", "affine", "wide tanh", "softplus", "gelu", "shifted sigmoid", "clamp at 0"],
+    ids=[
+        "wide clamp",
+        "affine",
+        "wide tanh",
+        "softplus",
+        "gelu",
+        "shifted sigmoid",
+        "clamp at 0",
+        "a tanh of small values",
+        "small values",
+    ],
 )
 def test_only_a_bound_that_holds_values_back_is_found(plain: RLHFSetup, squash: Any, bad: bool) -> None:
     assert ("VAL005" in grave(plain.but(value=hand_written(squash=squash)))) is bad

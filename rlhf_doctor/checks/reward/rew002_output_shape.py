@@ -41,7 +41,7 @@ def reward_output_shape(
     """
     What it examines:
         The reward is called on three sequences of different lengths and its output's shape compared with (batch,) or
-        (batch, 1). Then the last projection is driven to ±10,000 times its size: the score should follow in both
+        (batch, 1). Then the last projection is driven to ±1,000,000 times its size: the score should follow in both
         directions. A clamp that lies well outside the observed scores is fine. Scores at every token are fine where
         the setup declares ``dense_rewards``, and info where a token classifier or a value head is meant to be read at
         the last token by the loop.

@@ -31,7 +31,7 @@ def value_bounded(
 ) -> Iterator[Finding]:
     """
     What it examines:
-        The critic's last projection is driven to ±10,000 times its size on the way, no weight is touched, and the
+        The critic's last projection is driven to ±1,000,000 times its size on the way, no weight is touched, and the
         output watched: it should follow in both directions. A clamp is fine where it leaves room around the reward
         model's observed scores (as much as their own span), and so is another curve where it reaches ±5 as well.
 
