@@ -11,7 +11,7 @@ import tokenizers
 import torch
 import transformers
 
-__all__ = ["BOS", "EOS", "PAD", "VOCAB", "prompts", "teach_to_end", "tiny_llama", "tokenizer"]
+__all__ = ["BOS", "EOS", "PAD", "VOCAB", "prompts", "standardise", "teach_to_end", "tiny_llama", "tokenizer"]
 
 SPOKEN = (
     "the a film book song story plot actor was is seems felt very quite rather too good great fine fresh dull bad slow "
@@ -89,7 +89,7 @@ def tiny_llama(seed: int, head: Literal["lm", "score", "tokens"] = "lm") -> Any:
         if head == "lm":
             teach_to_end(model.model, model.model.embed_tokens, model.lm_head)
         else:
-            _standardise(model)
+            standardise(model.model, model.score)
     return model
 
 
@@ -111,10 +111,10 @@ def teach_to_end(trunk: Any, embedding: torch.nn.Embedding, lm_head: torch.nn.Li
 
 
 @torch.no_grad()
-def _standardise(model: Any) -> None:
+def standardise(trunk: Any, score: torch.nn.Linear) -> None:
     """Scores of mean 0 and standard deviation 1 over random texts."""
-    hidden = _states(model.model)
-    mean, head = hidden.mean(0), model.score.weight[0]
+    hidden = _states(trunk)
+    mean, head = hidden.mean(0), score.weight[0]
     head -= (head @ mean) / (mean @ mean) * mean
     head /= (hidden @ head).std()
 
