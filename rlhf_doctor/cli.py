@@ -19,7 +19,7 @@ from rlhf_doctor.nearest import did_you_mean
 __all__ = ["cli", "main"]
 
 FORMATS = ("terminal", "html", "json", "markdown")
-STAGES = ("static", "probe")
+STAGES = ("static", "probe", "trace")
 SEVERITIES = ("error", "warning", "info")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -78,8 +78,8 @@ def cli() -> None:
 @click.option("--value", metavar="DIR", help="... of the value model (critic).")
 @click.option("--tokenizer", metavar="DIR", help="Folder of the tokenizer that feeds the models.")
 @click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Declare a setting, as gamma=0.99.")
-@click.option("--stage", metavar="|".join(STAGES), default="probe", show_default=True, callback=one_of(*STAGES),
-              help="How deep to look: files alone, or forward and backward passes too.")  # fmt: skip
+@click.option("--stage", metavar="|".join(STAGES), default="trace", show_default=True, callback=one_of(*STAGES),
+              help="How deep to look: files alone; forward and backward passes; the training step too.")  # fmt: skip
 @click.option("--select", metavar="CODES", multiple=True, help="Only these checks: codes, slugs or families.")
 @click.option("--ignore", metavar="CODES", multiple=True, help="Not these checks.")
 @click.option("--format", "formats", metavar="|".join(FORMATS), multiple=True, callback=one_of(*FORMATS),

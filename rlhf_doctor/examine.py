@@ -32,6 +32,7 @@ Progress = Callable[[str], None]
 SHOWN = {
     Stage.STATIC: ("manifest",),
     Stage.PROBE: ("manifest", "parameters", "output", "census", "influence", "architecture"),
+    Stage.TRACE: ("manifest", "parameters", "output", "census", "influence", "architecture", "traced"),
 }
 
 
@@ -39,7 +40,7 @@ SHOWN = {
 class Options:
     """How to examine. ``excluded`` maps a role that must not be touched, or a fact by full name, to the reason."""
 
-    stage: Stage = Stage.PROBE
+    stage: Stage = Stage.TRACE
     seed: int = 0
     device: str = "cpu"
     dtype: str | None = None
@@ -64,7 +65,7 @@ class Examination:
         return tuple((o.code, f) for o in self.outcomes.values() if isinstance(o, Found) for f in o.findings)
 
 
-def choose(select: Sequence[str] = (), ignore: Sequence[str] = (), stage: Stage = Stage.PROBE) -> dict[str, Check]:
+def choose(select: Sequence[str] = (), ignore: Sequence[str] = (), stage: Stage = Stage.TRACE) -> dict[str, Check]:
     """The checks of these codes or families up to a stage, prerequisites first.
 
     Raises:
@@ -244,7 +245,7 @@ def examine(
     chosen = choose(select, ignore, options.stage)
     needs = [name for c in chosen.values() for name in c.needs]
     if options.show:
-        needs += SHOWN[options.stage if options.stage is Stage.STATIC else Stage.PROBE]
+        needs += SHOWN.get(options.stage, SHOWN[Stage.TRACE])
     given: dict[str, Any] = {"setup": setup, "options": options}
     if options.stage is Stage.STATIC:
         outcomes, errors, shown = _run(chosen, needs, Facts(given, options, progress), lambda role: None)
@@ -272,7 +273,7 @@ def _run(
     outcomes: dict[str, Outcome] = {}
     for code, one in chosen.items():
         outcomes[code] = _outcome(one, measured, outcomes)
-    shown = {name: value for name, value in measured.values.items() if split_role(name)[0] or name in ("inputs",)}
+    shown = {name: value for name, value in measured.values.items() if split_role(name)[0] or name in ("inputs", "traced")}
     return dict(sorted(outcomes.items())), tuple(measured.errors), shown
 
 

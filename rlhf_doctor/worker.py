@@ -35,7 +35,7 @@ class Job:
     declared: Mapping[str, Any] = field(default_factory=dict)
     select: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
-    stage: str = Stage.PROBE
+    stage: str = Stage.TRACE
     seed: int = 0
     device: str = "cpu"
     dtype: str | None = None

@@ -1,0 +1,291 @@
+"""Run a step from the same state with one thing changed, and see what moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_doctor.facts import Broken
+from rlhf_doctor.trace import changes
+from rlhf_doctor.trace.runs import Run, Stepper
+from rlhf_doctor.trace.table import Table, tabulate
+from rlhf_doctor.trace.taps import Change
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rlhf_doctor.setups import RLHFSetup
+
+    Floats = NDArray[np.float64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["Experiment", "Experiments", "conduct"]
+
+SMALL = 0.05  # nats or score units: far above float32's rounding, far below any clip range in use
+POISON = 1e3
+SEED = 20
+
+
+@dataclass
+class Experiment:
+    """One changed run: what was added to what, and the table that came of it.
+
+    ``amounts`` is (S,) for scores and (S, T) otherwise; ``touched`` (S,) the samples that were changed.
+    """
+
+    name: str
+    amounts: Floats
+    touched: Bools
+    table: Table
+    run: Run
+
+    def moved(self, base: Table, name: str) -> Floats:
+        """How far a field went from the unchanged run, (S, T), NaN where either is unknown."""
+        return self.table[name] - base[name]
+
+
+@dataclass
+class Experiments:
+    """The unchanged runs and the changed ones by name; ``reasons`` says why one is not there."""
+
+    base: Table
+    first: Run
+    real: Run | None
+    repeat: Table | None
+    second: Table | None  # of a second step after the first one's updates
+    done: dict[str, Experiment] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    reproducible: bool = True
+    noise: dict[str, float] = field(default_factory=dict)  # field -> largest difference over the field's range
+    by_hand: bool = False
+    seconds: float = 0.0
+    runs: int = 0
+    second_run: Run | None = None
+
+
+NOISY = 1e-5  # of a field's range: what reordered sums in float32 give, with a margin of a hundred
+
+
+def conduct(setup: RLHFSetup, temperature: float, seed: int = 0) -> Experiments:
+    """Run the setup's step unchanged, for real, and with one thing changed at a time; restores everything.
+
+    Raises:
+        Broken: the unchanged step raises.
+    """
+    stepper = Stepper(setup, (temperature,))
+    first = stepper.run()
+    stepper.by_hand = bool(first.moved)
+    base = tabulate(first, setup, temperature)
+    found = Experiments(base, first, None, None, None, by_hand=stepper.by_hand)
+    real = stepper.run(hold=False, times=2, may_fail=True)
+    found.real = real
+    found.repeat = tabulate(real, setup, temperature, samples=base.samples)
+    _second_step(found, real, setup, temperature)
+    found.noise = _noise(base, found.repeat, stepper.by_hand)
+    found.reproducible = _same_samples(base, found.repeat) and max(found.noise.values(), default=0.0) <= NOISY
+    if found.reproducible and base.samples:
+        windows = None if stepper.by_hand else _first_epoch(base)
+        _Conductor(setup, temperature, stepper, base, found, windows, seed).all()
+    elif base.samples:
+        found.reasons["*"] = "two runs of the step from the same state differ, so nothing can be told from a changed one"
+    else:
+        found.reasons["*"] = "no sample was seen: the policy was not called on token ids, or nothing was trained"
+    found.seconds = 0.0
+    found.runs = stepper.runs
+    return found
+
+
+def _second_step(found: Experiments, real: Run, setup: RLHFSetup, temperature: float) -> None:
+    if len(real.boundaries) < 2 or real.error:
+        return
+    start = real.boundaries[0]
+    later = Run(
+        [c for c in real.calls if c.order > start],
+        [t for t in real.texts if t.order > start],
+        [s for s in real.steps if s[0] > start],
+        real.stopped, real.seconds, {}, [real.boundaries[1]], real.returned, real.error,
+    )  # fmt: skip
+    found.second_run = later
+    found.second = tabulate(later, setup, temperature)
+
+
+def _first_epoch(base: Table) -> int | None:
+    """Optimizer steps until every sample was trained on once."""
+    last = [int(w.max()) for w in base.windows.values() if len(w)]
+    return max(last) + 1 if last and max(last) >= 0 else None
+
+
+def _noise(base: Table, repeat: Table, by_hand: bool) -> dict[str, float]:
+    found = {}
+    for name in ("old_logp", "ref_logp", "old_value", "weight", "value_gradient"):
+        a, b = base[name], repeat[name]
+        if a.shape != b.shape:
+            return {name: float("inf")}
+        first = np.isfinite(a) & np.isfinite(b)
+        if name in ("weight", "value_gradient"):  # without holding back, only the first minibatch is comparable
+            window = base["window" if name == "weight" else "value_window"]
+            first &= window == 0
+        if first.any():
+            span = max(float(np.ptp(a[first])), float(np.abs(a[first]).max()), 1e-12)
+            found[name] = float(np.abs(a - b)[first].max()) / span
+    both = np.isfinite(base.scores) & np.isfinite(repeat.scores)
+    if both.any():
+        found["scores"] = float(np.abs(base.scores - repeat.scores)[both].max() / max(np.abs(base.scores[both]).max(), 1e-12))
+    return found
+
+
+def _same_samples(base: Table, repeat: Table) -> bool:
+    """Whether the repeated run drew the same tokens: its sampling is compared call by call."""
+    a, b = base.generation, repeat.generation
+    if len(a) != len(b):
+        return False
+    return all(x.ids.shape == y.ids.shape and bool((x.ids == y.ids).all()) for x, y in zip(a, b, strict=True))
+
+
+class _Conductor:
+    def __init__(
+        self, setup: RLHFSetup, temperature: float, stepper: Stepper, base: Table, found: Experiments,
+        windows: int | None, seed: int,
+    ) -> None:  # fmt: skip
+        self.setup, self.temperature, self.stepper = setup, temperature, stepper
+        self.base, self.found, self.windows = base, found, windows
+        self.random = np.random.default_rng(SEED + seed)
+        self.shape = base.tokens.shape
+        self.groups = self._groups()
+
+    def _groups(self) -> Any:
+        """Every sample's group: a part is never touched, so that what moves there moved with the batch."""
+        base = self.base
+        seen = np.zeros(len(base.samples), dtype=bool)
+        for name in ("weight", "value_gradient"):
+            seen |= (np.isfinite(base[name]) & base.real).any(1)
+        group = np.zeros(len(base.samples), dtype=np.int64)
+        group[seen] = np.arange(int(seen.sum())) % 4
+        return group
+
+    def all(self) -> None:
+        """Every experiment that the setup allows."""
+        base = self.base
+        if np.isfinite(base.scores).any():
+            self._one_score()
+            self._all_scores()
+        else:
+            self.found.reasons["one score"] = self.found.reasons["all scores"] = self._no_scores()
+        self._rollout_outputs()
+        self._poison()
+        self._update_pass()
+
+    def _no_scores(self) -> str:
+        if self.setup.reward is None:
+            return "the setup has no reward model"
+        if not any(c.role == "reward" for c in self.found.first.calls) and not self.found.first.texts:
+            return "the step never calls the reward model where it can be seen"
+        return "the reward model's scores could not be matched to the samples"
+
+    def _run(self, name: str, amounts: Floats, touched: Bools, *made: Change, text: Any = None) -> Experiment | None:
+        try:
+            run = self.stepper.run(changes=made, last_window=self.windows, text_change=text)
+        except Broken as broken:
+            self.found.reasons[name] = f"the step raised with changed {name}: {broken.sentence}"
+            return None
+        table = tabulate(run, self.setup, self.temperature, samples=self.base.samples)
+        self.found.done[name] = made_experiment = Experiment(name, amounts, touched, table, run)
+        return made_experiment
+
+    def _scored(self, name: str, amounts: Floats) -> None:
+        base = self.base
+        texts = {scored.order: k for k, scored in enumerate(self.found.first.texts)}
+        if any(order in texts for order, _ in base.score_rows):
+            self._run(name, amounts, amounts != 0, text=changes.of_texts(base, texts, amounts))
+        else:
+            self._run(name, amounts, amounts != 0, changes.of_scores(base, amounts))
+
+    def _one_score(self) -> None:
+        base = self.base
+        scores = base.scores
+        lengths = base.real.sum(1)
+        trained = base.windows.get("value", base.windows.get("policy", np.zeros(len(scores))))
+        fit = np.isfinite(scores) & (trained == max(trained.min(), 0))
+        if not fit.any():
+            fit = np.isfinite(scores)
+        middle = np.nanmedian(scores[fit])
+        rank = np.where(fit, lengths - 5 * np.abs(scores - middle), -np.inf)
+        chosen = int(np.argmax(rank))
+        amounts = np.zeros(len(scores))
+        amounts[chosen] = self._size(scores) * (1 if scores[chosen] <= middle else -1)
+        self._scored("one score", amounts)
+
+    def _all_scores(self) -> None:
+        scores = self.base.scores
+        size = self._size(scores)
+        amounts = size * self.random.uniform(0.2, 1.0, len(scores)) * np.where(scores > np.nanmedian(scores), -1, 1)
+        self._scored("all scores", np.where(np.isfinite(scores), amounts, 0.0))
+
+    def _size(self, scores: Floats) -> float:
+        """A quarter of the scores' spread: towards the middle, so that no clip of theirs is met."""
+        spread = float(np.nanstd(scores))
+        return 0.25 * spread if spread > 1e-6 else SMALL
+
+    def _rollout_outputs(self) -> None:
+        """Values of the rollout at one state of some samples, the reference's logits in others."""
+        base, made = self.base, []
+        touched = np.zeros(len(base.samples), dtype=bool)
+        values = np.zeros(self.shape)
+        if base.has("old_value"):
+            lengths = base.real.sum(1)
+            for s in np.flatnonzero((self.groups == 1) & (lengths > 1)):
+                values[s, lengths[s] // 2] = SMALL * max(float(np.nanstd(base["old_value"])), 0.2)
+            if values.any():
+                made.append(changes.at_states(base, "value", values, changes.is_old))
+                touched |= self.groups == 1
+        logits = np.zeros(self.shape)
+        if base.has("ref_logp"):
+            logits[self.groups == 2] = self.random.uniform(0.2, 1.0, self.shape)[self.groups == 2]
+            logits *= base.real
+            if logits.any():
+                made.append(changes.at_tokens(base, "reference", logits, lambda placed: True))
+                touched |= self.groups == 2
+        if made:
+            self._run("rollout outputs", values + logits, touched, *made)
+        else:
+            self.found.reasons["rollout outputs"] = "neither rollout values nor the reference's logits were seen"
+
+    def _poison(self) -> None:
+        """Large numbers in every slot of a rollout that no response token needs."""
+        base, made = self.base, []
+        lengths = np.array([len(s.response) for s in base.samples] or [0])
+
+        def idle(placed: changes.Placed) -> Floats:
+            # States before the responses, and those past the state that follows the last token.
+            at = np.maximum(placed.sample, 0)
+            away = (placed.sample >= 0) & ((placed.state < -1) | (placed.state > lengths[at]))
+            return np.where(away, POISON, 0.0)
+
+        for role in ("value", "reference", "policy"):
+            if any(p.call.role == role and idle(p).any() for p in base.placed):
+                made.append(changes.at_columns(base, role, idle, lambda placed: True))  # type: ignore[arg-type]
+        if made:
+            self._run("poison", np.zeros(self.shape), np.ones(len(base.samples), dtype=bool), *made)
+        else:
+            self.found.reasons["poison"] = "no output was seen outside of the responses"
+
+    def _update_pass(self) -> None:
+        """The critic's outputs and the policy's log-probabilities moved in the update alone."""
+        base, made = self.base, []
+        if base.has("value_gradient"):
+            values = np.full(self.shape, SMALL * max(float(np.nanstd(base["value"])), 0.02)) * base.real
+            made.append(changes.at_states(base, "value", values, changes.is_update))
+        else:
+            values = np.zeros(self.shape)
+        if not made:
+            self.found.reasons["update values"] = "no gradient was seen at the critic's head"
+        elif np.any(values):
+            self._run("update values", values, np.ones(len(base.samples), dtype=bool), *made)
+        if base.has("weight"):
+            sizes = self.random.choice([-1.0, -0.4, -0.05, 0.05, 0.4, 1.0], self.shape) * base.real
+            change = changes.at_tokens(base, "policy", sizes, changes.is_update)
+            self._run("update logits", sizes, np.ones(len(base.samples), dtype=bool), change)
+        else:
+            self.found.reasons["update logits"] = "no gradient was seen at the policy's head"

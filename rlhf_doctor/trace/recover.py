@@ -1,0 +1,358 @@
+"""The training algorithm, read off what moved: returns, advantages, discount, rewards, and who influences whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhf_doctor.trace.interventions import Experiment, Experiments
+from rlhf_doctor.trace.table import Table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+__all__ = ["EDGES", "Edge", "Fit", "Recovered", "moved_for_real", "policy_response", "recover", "return_response"]
+
+EDGES = (
+    "reward → value target",
+    "reward → policy",
+    "value → advantage",
+    "reference → reward",
+    "reference → loss",
+)
+STILL = 1e-9  # of a field's range: nothing moved
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One measured influence. ``gain`` is what comes of one unit; None where it could not be measured, and why."""
+
+    name: str
+    gain: float | None
+    reason: str = ""
+    identical: bool = False  # not one bit moved
+
+    @property
+    def there(self) -> bool | None:
+        """Whether it exists; None where unknown."""
+        return None if self.gain is None else not self.identical and abs(self.gain) > 1e-4
+
+
+@dataclass(frozen=True)
+class Fit:
+    """``weight`` = slope · row scale · (return − value) + intercept · row scale, over one window's tokens."""
+
+    slope: float
+    intercept: float
+    misfit: float  # largest residual over the range of the weights
+    count: int
+
+
+@dataclass
+class Recovered:
+    """All arrays (S, T), NaN where unknown; ``reasons`` says why something could not be identified.
+
+    Attributes:
+        kappa: ∂²L/∂V² at every state: what the value gradient is per unit of V − return.
+        returns: V − gradient / kappa: the target that the critic is trained towards.
+        advantages: what the policy is trained with, in units of the returns where they fit them, else as weights.
+        raw_advantages: returns − rollout value.
+        row_scale: (S,) how a row's tokens are weighted beside other rows'; ``aggregation`` names it.
+        fits: window -> how the policy's weights follow from ``raw_advantages``.
+        gamma_lam, gamma, lam: measured; None where not identifiable.
+        rewards: per token, from the returns by inverting GAE with the measured (else declared) gamma and lambda.
+        edges: the measured wiring, by ``EDGES``.
+    """
+
+    kappa: Floats
+    returns: Floats
+    raw_advantages: Floats
+    advantages: Floats
+    row_scale: Floats
+    aggregation: str | None
+    fits: dict[int, Fit]
+    gamma_lam: float | None = None
+    gamma: float | None = None
+    lam: float | None = None
+    gamma_lam_of_policy: float | None = None
+    rewards: Floats | None = None
+    edges: dict[str, Edge] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def whitened(self) -> bool | None:
+        """Whether the advantages were shifted or scaled on the way to the policy; None where they fit no returns."""
+        good = [f for f in self.fits.values() if f.misfit < 1e-2]
+        if not good:
+            return None
+        return any(abs(f.intercept) > 1e-3 * abs(f.slope) for f in good)
+
+
+def recover(found: Experiments, declared: dict[str, object]) -> Recovered:
+    """Everything that can be identified from the experiments; never a guess."""
+    base = found.base
+    nothing = np.full(base.tokens.shape, np.nan)
+    made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), None, {})
+    _returns(made, found)
+    _fits(made, base)
+    _discount(made, found)
+    _rewards(made, base, declared)
+    _edges(made, found)
+    return made
+
+
+def masked(base: Table, values: Floats) -> Floats:
+    """NaN outside of the response tokens."""
+    return np.where(base.real, values, np.nan)
+
+
+def moved_for_real(base: Table, experiment: Experiment, name: str) -> bool:
+    """Whether any response token's number of a field moved at all between two runs."""
+    moved = masked(base, experiment.moved(base, name))
+    return bool((np.abs(moved[np.isfinite(moved)]) > 0).any())
+
+
+def _returns(made: Recovered, found: Experiments) -> None:
+    base, pushed = found.base, found.done.get("update values")
+    if pushed is None:
+        made.reasons["returns"] = found.reasons.get("update values") or found.reasons.get("*") or "no critic was trained"
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kappa = masked(base, pushed.moved(base, "value_gradient") / np.where(pushed.amounts != 0, pushed.amounts, np.nan))
+        kappa = np.where(np.abs(kappa) > 0, kappa, np.nan)
+        made.kappa = kappa
+        made.returns = base["value"] - masked(base, base["value_gradient"]) / kappa
+    old = base["old_value"] if base.has("old_value") else base["value"]
+    made.raw_advantages = made.returns - old
+    if not np.isfinite(made.returns).any():
+        made.reasons["returns"] = "the critic's gradient does not depend on its values"
+
+
+def _fits(made: Recovered, base: Table) -> None:
+    """How the policy's weights follow from returns − values, and which row weighting fits best."""
+    if not base.has("weight"):
+        made.reasons["advantages"] = "no gradient was seen at the policy's head"
+        return
+    lengths = np.maximum(base.real.sum(1), 1).astype(np.float64)
+    weight = masked(base, base["weight"])
+    best: tuple[float, str, Floats, dict[int, Fit]] | None = None
+    for name, scale in (("token-mean", np.ones(len(lengths))), ("seq-mean", 1 / lengths)):
+        fits = _fit_windows(weight / scale[:, None], made.raw_advantages, base)
+        if fits:
+            misfit = float(np.median([f.misfit for f in fits.values()]))
+            if best is None or misfit < 0.5 * best[0]:
+                best = (misfit, name, scale, fits)
+    made.advantages = weight
+    if best is None:
+        made.reasons["advantages"] = made.reasons.get("returns", "returns and weights have no token in common")
+        return
+    misfit, name, scale, fits = best
+    made.fits, made.row_scale = fits, scale
+    if misfit < 1e-2 and len(set(lengths.tolist())) > 1:
+        made.aggregation = _sums(fits) if name == "token-mean" else name
+    scaled = np.full(weight.shape, np.nan)
+    for window, fit in fits.items():
+        inside = base["window"] == window
+        scaled[inside] = (weight / scale[:, None])[inside] / fit.slope if fit.slope else np.nan
+    made.advantages = scaled
+
+
+def _sums(fits: dict[int, Fit]) -> str | None:
+    """Whether rows that weigh alike are divided by the tokens of each minibatch or by something that stays."""
+    slopes, counts = (np.array([getattr(f, n) for f in fits.values()], dtype=float) for n in ("slope", "count"))
+    if np.ptp(counts) == 0:
+        return None if len(fits) > 1 else "token-mean"
+    return "token-mean" if np.ptp(slopes * counts) * counts.mean() < np.ptp(slopes) * counts.mean() ** 2 else "seq-sum"
+
+
+def _fit_windows(weight: Floats, raw: Floats, base: Table) -> dict[int, Fit]:
+    fits = {}
+    windows = base["window"]
+    for window in np.unique(windows[np.isfinite(windows)]):
+        inside = (windows == window) & np.isfinite(weight) & np.isfinite(raw)
+        if inside.sum() < 4:
+            continue
+        x, y = raw[inside], weight[inside]
+        span = np.ptp(y)
+        if np.ptp(x) <= 1e-12 or span <= 0:
+            continue
+        slope, intercept = _line(x, y)
+        misfit = float(np.abs(slope * x + intercept - y).max() / span)
+        fits[int(window)] = Fit(slope, intercept, misfit, int(inside.sum()))
+    return fits
+
+
+def _line(x: Floats, y: Floats) -> tuple[float, float]:
+    dx = x - x.mean()
+    slope = float((dx * (y - y.mean())).sum() / (dx * dx).sum())
+    return slope, float(y.mean() - slope * x.mean())
+
+
+def policy_response(made: Recovered, found: Experiments, experiment: Experiment) -> Floats:
+    """How the policy's weights moved, in units of the returns where they fit, whitening taken out, (S, T).
+
+    Whitening moves every token by one and the same line; it is read off the samples that were not touched.
+    """
+    base = found.base
+    before = masked(base, base["weight"]) / made.row_scale[:, None]
+    after = masked(base, experiment.table["weight"]) / made.row_scale[:, None]
+    response = after - before
+    windows = base["window"]
+    for window in np.unique(windows[np.isfinite(windows)]):
+        inside = windows == window
+        still = inside & ~experiment.touched[:, None] & np.isfinite(before) & np.isfinite(after)
+        if still.sum() >= 2 and np.ptp(before[still]) > 0 and (after[still] != before[still]).any():
+            slope, intercept = _line(before[still], after[still])
+            if slope:
+                response[inside] = ((after - intercept) / slope - before)[inside]
+        fit = made.fits.get(int(window))
+        if fit is not None and fit.slope and fit.misfit < 1e-2:
+            response[inside] /= fit.slope
+    return response
+
+
+def return_response(made: Recovered, found: Experiments, experiment: Experiment) -> Floats:
+    """How the critic's target moved, (S, T)."""
+    base = found.base
+    with np.errstate(divide="ignore", invalid="ignore"):
+        moved = -masked(base, experiment.moved(base, "value_gradient")) / made.kappa
+    if base.has("value"):
+        moved = moved + masked(base, experiment.moved(base, "value"))
+    return moved
+
+
+def _discount(made: Recovered, found: Experiments) -> None:
+    base = found.base
+    lengths = base.real.sum(1)
+    scored = found.done.get("all scores")
+    if scored is not None:
+        made.gamma_lam = _decay(return_response(made, found, scored), lengths, scored.touched)
+    one = found.done.get("one score")
+    if one is not None:
+        made.gamma_lam_of_policy = _decay(policy_response(made, found, one), lengths, one.touched)
+        if made.gamma_lam is None:
+            made.gamma_lam = _decay(return_response(made, found, one), lengths, one.touched)
+    rollout = found.done.get("rollout outputs")
+    if rollout is None or not base.has("old_value"):
+        return
+    returns, policy = return_response(made, found, rollout), policy_response(made, found, rollout)
+    ahead, further = [], []
+    for s, t in zip(*np.nonzero(rollout.amounts), strict=True):
+        pushed = rollout.table["old_value"][s, t] - base["old_value"][s, t]
+        if not np.isfinite(pushed) or not pushed or t < 1:
+            continue
+        for moved in (returns, policy if made.fits else returns):
+            if np.isfinite(moved[s, t - 1]):
+                ahead.append(moved[s, t - 1] / pushed)
+                if t > 1 and np.isfinite(moved[s, t - 2]):
+                    further.append(moved[s, t - 2] / pushed)
+    decay = made.gamma_lam if made.gamma_lam is not None else made.gamma_lam_of_policy
+    if decay is None and ahead and further and abs(np.median(ahead)) > 1e-3:
+        decay = made.gamma_lam = float(np.median(further) / np.median(ahead))
+    if ahead and decay is not None:
+        made.gamma = float(np.median(ahead)) + decay
+        made.lam = decay / made.gamma if made.gamma else None
+
+
+def _decay(response: Floats, lengths: NDArray[np.int64], touched: NDArray[np.bool_]) -> float | None:
+    """γλ: the ratio of neighbouring tokens' responses to a changed score; None where they are no geometric series."""
+    ratios = []
+    for s in np.flatnonzero(touched):
+        row = response[s, : lengths[s]]
+        if len(row) < 2 or not np.isfinite(row).all() or row[-1] == 0:
+            continue
+        size = np.abs(row)
+        good = size[1:] > 1e-3 * size.max()
+        ratios += (row[:-1][good] / row[1:][good]).tolist()
+    if not ratios:
+        return None
+    middle = float(np.median(ratios))
+    return middle if float(np.median(np.abs(np.array(ratios) - middle))) < 1e-2 else None
+
+
+def _rewards(made: Recovered, base: Table, declared: dict[str, object]) -> None:
+    gamma = made.gamma if made.gamma is not None else declared.get("gamma")
+    lam = made.lam if made.lam is not None else declared.get("lam")
+    if not isinstance(gamma, (int, float)) or not isinstance(lam, (int, float)) or not np.isfinite(made.returns).any():
+        made.reasons["rewards"] = made.reasons.get("returns", "gamma and lambda are neither measured nor declared")
+        return
+    values = base["old_value"] if base.has("old_value") else base["value"]
+    rewards = made.returns.copy()
+    for s, length in enumerate(base.real.sum(1)):
+        ahead = (1 - lam) * values[s, 1:length] + lam * made.returns[s, 1:length]
+        rewards[s, : length - 1] -= gamma * ahead
+    made.rewards = rewards
+
+
+def _edges(made: Recovered, found: Experiments) -> None:
+    base = found.base
+
+    def missing(name: str, *experiments: str) -> Edge:
+        said = [found.reasons[e] for e in (*experiments, "*") if e in found.reasons]
+        return Edge(name, None, said[0] if said else "it could not be measured")
+
+    lengths = base.real.sum(1)
+    last = np.maximum(lengths - 1, 0)
+    rows = np.arange(len(lengths))
+    for name, key in ((EDGES[0], "all scores"), (EDGES[1], "one score")):
+        one = found.done.get(key)
+        seen = base.has("value_gradient") if name == EDGES[0] else base.has("weight")
+        if one is None or not seen:
+            reason = made.reasons.get("returns" if name == EDGES[0] else "advantages", "")
+            made.edges[name] = missing(name, key) if one is None else Edge(name, None, reason or "nothing was trained")
+            continue
+        field_name = "value_gradient" if name == EDGES[0] else "weight"
+        identical = not moved_for_real(base, one, field_name)
+        response = return_response(made, found, one) if name == EDGES[0] else policy_response(made, found, one)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            gains = (response[rows, last] / one.amounts)[one.touched]
+        gains = gains[np.isfinite(gains)]
+        made.edges[name] = Edge(name, 0.0 if identical else float(np.median(gains)) if len(gains) else None, "", identical)
+    rollout = found.done.get("rollout outputs")
+    if rollout is None:
+        for name in EDGES[2:]:
+            made.edges[name] = missing(name, "rollout outputs")
+        return
+    policy, returns = policy_response(made, found, rollout), return_response(made, found, rollout)
+    pushed = rollout.moved(base, "old_value")
+    at = (rollout.amounts != 0) & np.isfinite(pushed) & (pushed != 0) & np.isfinite(policy)
+    if at.any():
+        gain = float(np.median(policy[at] / pushed[at]))
+        made.edges[EDGES[2]] = Edge(EDGES[2], gain, "", bool((policy[at] == 0).all()))
+    else:
+        made.edges[EDGES[2]] = Edge(EDGES[2], None, "no rollout value was seen that could be changed")
+    reference = masked(base, rollout.moved(base, "ref_logp"))
+    moved = np.isfinite(reference) & (reference != 0)
+    if not moved.any():
+        for name in EDGES[3:]:
+            made.edges[name] = Edge(name, None, "the reference was not seen on the samples")
+        return
+    through, onto = np.isfinite(returns) & moved, np.isfinite(policy) & moved
+    gain = _gain(reference[through], _back(made, returns)[through]) if through.any() else None
+    made.edges[EDGES[3]] = Edge(
+        EDGES[3], gain, "" if through.any() else made.reasons.get("returns", ""),
+        bool(through.any()) and bool((returns[through] == 0).all()),
+    )  # fmt: skip
+    left = policy - np.where(np.isfinite(returns), returns, 0.0)
+    made.edges[EDGES[4]] = Edge(
+        EDGES[4], _gain(reference[onto], left[onto]) if onto.any() else None,
+        "" if onto.any() else made.reasons.get("advantages", ""),
+        bool(onto.any()) and bool((policy[onto] == 0).all()),
+    )  # fmt: skip
+
+
+def _gain(x: Floats, y: Floats) -> float:
+    return float((x * y).sum() / (x * x).sum())
+
+
+def _back(made: Recovered, returns: Floats) -> Floats:
+    """From moved returns to moved rewards."""
+    decay = made.gamma_lam or made.gamma_lam_of_policy or 0.0
+    moved = returns.copy()
+    ahead = returns[:, 1:]
+    moved[:, :-1] -= decay * np.where(np.isfinite(ahead), ahead, 0.0)
+    return moved

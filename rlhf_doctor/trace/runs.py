@@ -1,0 +1,151 @@
+"""Run a setup's step again and again from the same state, with one thing changed each time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlhf_doctor.facts import Broken, raised_by_the_setup
+from rlhf_doctor.finding import MODEL_ROLES, Role
+from rlhf_doctor.trace.keep import Snapshot, run_kept
+from rlhf_doctor.trace.taps import Call, Change, Enough, Recorder, ScoredTexts
+
+if TYPE_CHECKING:
+    from rlhf_doctor.setups import RLHFSetup
+
+__all__ = ["Run", "Stepper"]
+
+
+@dataclass
+class Run:
+    """What one or more steps from the initial state showed.
+
+    ``steps`` holds (order, optimizer, roles) of every optimizer step asked for; ``moved`` the roles whose parameters
+    were other than before at the end, with the largest relative change; ``stopped`` says that the step was ended early.
+    """
+
+    calls: list[Call]
+    texts: list[ScoredTexts]
+    steps: list[tuple[int, Any, frozenset[Role]]]
+    stopped: bool
+    seconds: float
+    moved: dict[Role, dict[str, float]] = field(default_factory=dict)
+    boundaries: list[int] = field(default_factory=list)  # order at the end of each step
+    returned: Any = None
+    error: str = ""
+
+
+class Stepper:
+    """Runs ``setup.step`` from one and the same state.
+
+    Optimizers' steps are held back unless asked for, so that everything is read at the initial weights; where a loop
+    updates parameters by hand, they cannot be held, and only what comes before the first update counts.
+    """
+
+    def __init__(self, setup: RLHFSetup, temperatures: Sequence[float]) -> None:
+        assert setup.step is not None
+        self.setup = setup
+        self.temperatures = tuple(temperatures)
+        self.snapshot = Snapshot(setup)
+        self.by_hand = False
+        self.generators = _generator_states()
+        self.runs = 0
+
+    def run(
+        self,
+        *,
+        changes: Sequence[Change] = (),
+        hold: bool = True,
+        last_window: int | None = None,
+        text_change: Callable[[int, list[float]], list[float]] | None = None,
+        times: int = 1,
+        may_fail: bool = False,
+    ) -> Run:
+        """Run the step, ``times`` over, and put everything back.
+
+        Raises:
+            Broken: the step raised, unless it ``may_fail``: then the run carries the error.
+        """
+        recorder = Recorder(
+            self.setup,
+            temperatures=self.temperatures,
+            changes=changes,
+            hold=hold,
+            last_window=last_window,
+            text_change=text_change,
+            known_optimizers=self.snapshot.optimizers,
+        )
+        started, stopped, error, returned = time.perf_counter(), False, "", None
+        boundaries: list[int] = []
+        with run_kept(self.snapshot):
+            _set_generators(self.generators)
+            try:
+                with recorder.watching(), torch.enable_grad():
+                    for _ in range(times):
+                        returned = self.setup.step()  # type: ignore[misc]  # checked at the start
+                        boundaries.append(recorder.order)
+            except Enough:
+                stopped = True
+            except Exception as raised:
+                error = _said(raised, self.runs)
+                if not may_fail:
+                    raise Broken("loop", error) from raised
+            moved = {} if (hold and not self.by_hand and self.runs) else self._moved()
+        self.runs += 1
+        return Run(
+            recorder.calls, recorder.texts, recorder.steps, stopped, time.perf_counter() - started, moved, boundaries,
+            returned, error,
+        )  # fmt: skip
+
+    def _moved(self) -> dict[Role, dict[str, float]]:
+        """role -> parameter name -> largest change over largest size, of parameters that are not as they were."""
+        found: dict[Role, dict[str, float]] = {}
+        for role in MODEL_ROLES:
+            module = self.setup.model(role)
+            if not isinstance(module, torch.nn.Module):
+                continue
+            for name, parameter in module.named_parameters():
+                saved = self.snapshot.weights.get(id(parameter))
+                if saved is None or torch.equal(parameter.detach(), saved):
+                    continue
+                size = float(saved.float().abs().max())
+                change = float((parameter.detach().float() - saved.float()).abs().max())
+                found.setdefault(role, {})[name] = change / size if size else float("inf")
+        return found
+
+
+def _said(error: BaseException, runs: int) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    where = raised_by_the_setup(error)
+    which = "its first run" if runs == 0 else f"run {runs + 1}, from the same state as the first"
+    return f"loop: the step raised {text}{f' ({where})' if where else ''} in {which}"
+
+
+def _generator_states() -> dict[str, Any]:
+    import random
+    import sys
+
+    numpy = sys.modules.get("numpy")
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state() if numpy else None,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+    }
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    import random
+    import sys
+
+    random.setstate(states["python"])
+    numpy = sys.modules.get("numpy")
+    if numpy and states["numpy"] is not None:
+        numpy.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state_all(states["cuda"])

@@ -1,0 +1,791 @@
+"""Taps at the embeddings and heads of the four models: what goes in, what comes out, and which gradient comes back.
+
+Everything is reduced as it passes, so that what is kept is a few dozen numbers per token and never a second copy of
+the logits. Nothing in the loop changes, unless a ``Change`` asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from rlhf_doctor.finding import MODEL_ROLES, Role
+from rlhf_doctor.instruments.calling import pick
+
+if TYPE_CHECKING:
+    from rlhf_doctor.setups import RLHFSetup
+
+__all__ = ["CANDIDATES", "COLUMNS", "Call", "Change", "Enough", "Recorder", "ScoredTexts"]
+
+COLUMNS = 32  # vocabulary entries whose logits are kept for every row
+CANDIDATES = (-1, 0, 1, 2)  # offsets from a column to the tokens that may be its action; 1 is right
+CHUNK = 1 << 22  # logits that are reduced at once
+LOOKUPS = (torch.nn.functional.embedding, torch.embedding, torch.Tensor.__getitem__, torch.index_select)
+PROJECTIONS = (
+    torch.nn.functional.linear,
+    torch.matmul,
+    torch.Tensor.matmul,
+    torch.Tensor.__matmul__,
+    torch.mm,
+    torch.addmm,
+    torch.einsum,
+)
+
+
+class Enough(BaseException):
+    """Ends a step as soon as all that is wanted was seen; no ``except Exception`` of the loop catches it."""
+
+
+@dataclass(eq=False)
+class Lookup:
+    """The token ids (B, L) that a model's embedding was last given, with the mask and positions that came along."""
+
+    ids: Tensor
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One output of a role's head: N rows, each a (row, column) of the ids that its model was given.
+
+    ``gradient`` holds what came back: for vocabulary heads the entry of greatest absolute gradient (``action``), its
+    gradient, the gradients at ``COLUMNS`` fixed entries and at the candidate tokens; for scalar heads ``gradient``
+    (N,) alone. ``window`` counts the optimizer steps on the role's parameters before the call.
+    """
+
+    role: Role
+    order: int
+    nth: int  # among the calls of its role
+    source: Lookup
+    rows: Tensor
+    columns: Tensor
+    with_grad: bool
+    training: bool
+    window: int
+    pooled: bool = False
+    scalar: Tensor | None = None  # (N,)
+    lse: dict[float, Tensor] = field(default_factory=dict)  # temperature -> (N,) log Σ exp(z/T)
+    entropy: Tensor | None = None  # (N,) at the declared temperature
+    at_columns: Tensor | None = None  # (N, COLUMNS) logits
+    candidates: Tensor | None = None  # (N, len(CANDIDATES)) token ids, -1 where there is none
+    at_candidates: Tensor | None = None  # (N, len(CANDIDATES)) logits
+    size: int = 0  # of the vocabulary
+    tail: Tensor | None = None  # (rows of the batch, V): logits after the last id, whose action is not among the ids
+    gradient: dict[str, Tensor] = field(default_factory=dict)
+    weights: Tensor | None = None  # a few numbers of the role's parameters at the time, to see who has been updated
+    backwards: int = 0
+    handle: Any = None
+
+    @property
+    def ids(self) -> Tensor:
+        """(B, L) token ids."""
+        return self.source.ids
+
+
+@dataclass(frozen=True)
+class ScoredTexts:
+    """One call of a reward function: its arguments as given and the scores (B,) that it returned."""
+
+    order: int
+    arguments: tuple[Any, ...]
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class Change:
+    """What to put in place of a role's output: (call, tensor, recorder) -> tensor, or None to leave it.
+
+    ``texts`` does the same to the list of scores of a reward function.
+    """
+
+    role: Role
+    apply: Callable[[Call, Tensor], Tensor | None]
+
+
+class Recorder(TorchFunctionMode):
+    """Records the calls of the four models while it is active: ``with recorder.watching(): step()``.
+
+    Args:
+        setup: its models are tapped; nothing of it is changed.
+        temperatures: at which log-probabilities are wanted, the declared one first.
+        changes: outputs to replace.
+        hold: whether optimizers' steps are left out.
+        last_window: raise ``Enough`` once so many optimizer steps were asked for on every trained role; None: never.
+        text_change: (order of the call, scores) -> scores, for a reward that is a function.
+        known_optimizers: those that exist already.
+    """
+
+    def __init__(
+        self,
+        setup: RLHFSetup,
+        *,
+        temperatures: Sequence[float] = (1.0,),
+        changes: Sequence[Change] = (),
+        hold: bool = False,
+        last_window: int | None = None,
+        text_change: Callable[[int, list[float]], list[float]] | None = None,
+        known_optimizers: Sequence[Any] = (),
+    ) -> None:
+        super().__init__()
+        self.setup = setup
+        self.temperatures = tuple(dict.fromkeys((*temperatures, 1.0)))
+        self.changes = tuple(changes)
+        self.hold = hold
+        self.last_window = last_window
+        self.text_change = text_change
+        self.known_optimizers = tuple(known_optimizers)
+        self.calls: list[Call] = []
+        self.texts: list[ScoredTexts] = []
+        self.steps: list[tuple[int, Any, frozenset[Role]]] = []  # (order, optimizer, roles it steps)
+        self.order = 0
+        self.optimizers: list[Any] = []
+        self._stack: list[frozenset[Role]] = []
+        self._lookups: dict[Role, Lookup] = {}
+        self._seen_heads: dict[Role, Call] = {}
+        self._given: dict[Role, tuple[Tensor | None, Tensor | None]] = {}
+        self._modules: dict[Role, torch.nn.Module] = {}
+        self._adapted: list[torch.nn.Module] = []
+        self._tokens: dict[int, set[Role]] = {}
+        self._heads: dict[int, set[Role]] = {}
+        self._others: dict[int, set[Role]] = {}
+        self._owners: dict[int, set[Role]] = {}
+        self._kept: list[Any] = []  # parameters whose ids are keys
+        self._count: dict[Role, int] = {}
+        self._marks: dict[Role, list[Tensor]] = {}
+        self._widths: set[int] = set()
+        for role in MODEL_ROLES:
+            self._learn(role)
+
+    # ---- what belongs to whom ----------------------------------------------------------------------------------
+
+    def _learn(self, role: Role) -> None:
+        given = self.setup.model(role)
+        if isinstance(given, str) and given == "adapter-off":
+            given = self.setup.policy
+        module = getattr(given, "_orig_mod", given)
+        if not isinstance(module, torch.nn.Module):
+            return
+        if given is not self.setup.policy or role != "reference":
+            self._modules[role] = module
+        self._adapted += [m for m in module.modules() if hasattr(m, "disable_adapters") and hasattr(m, "lora_A")][:1]
+        tokens = _token_table(module)
+        heads = _vocabulary_heads(module, tokens) if role in ("policy", "reference") else _scalar_heads(module)
+        for parameter in module.parameters():
+            self._owners.setdefault(id(parameter), set()).add(role)
+            self._kept.append(parameter)
+        for table, weights in (
+            (self._tokens, tokens),
+            (self._heads, heads),
+            (self._others, _other_tables(module, tokens)),
+        ):
+            for weight in weights:
+                table.setdefault(id(weight), set()).add(role)
+        self._widths |= {w.shape[-1] for w in heads}
+        trained = [p for p in module.parameters() if p.requires_grad and p.numel() > 1] or list(heads)
+        self._marks[role] = [trained[0], trained[len(trained) // 2], trained[-1]] if trained else []
+
+    def _one_role(self, roles: set[Role]) -> Role | None:
+        """Whose call this is, of those that own the weights."""
+        if roles >= {"policy", "reference"} and self._adapted:
+            roles = roles - ({"policy"} if self._adapters_off else {"reference"})
+        for active in reversed(self._stack):
+            if active & roles:
+                roles = active & roles  # type: ignore[assignment]
+                break
+        for role in ("policy", "value", "reward", "reference"):
+            if role in roles:
+                return role  # type: ignore[return-value]
+        return None
+
+    @property
+    def _adapters_off(self) -> bool:
+        return any(bool(getattr(m, "disable_adapters", False)) for m in self._adapted)
+
+    def _acting(self, roles: frozenset[Role]) -> frozenset[Role]:
+        """The roles that a module plays now: a policy with its adapter off is the reference."""
+        if self._adapted and "policy" in roles and self._adapters_off:
+            return (roles - {"policy"}) | {"reference"}
+        return roles
+
+    # ---- the tap -----------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in PROJECTIONS:
+            roles = self._owned(self._heads, (*args, *(kwargs or {}).values()))
+            if roles and isinstance(result, Tensor) and result.is_floating_point():
+                given = next((a for a in args if isinstance(a, Tensor) and a.is_floating_point()), None)
+                return self._head_called(roles, given, result)
+        if func in LOOKUPS:
+            self._looked_up((*args, *(kwargs or {}).values()), result)
+        if self._lookups and type(result) is Tensor and result.dim() > 1 and result.shape[-1] in self._widths:
+            for lookup in self._lookups.values():
+                if result.shape[:-1].numel() == lookup.ids.numel() and result.is_floating_point():
+                    lookup.hidden = result
+        return result
+
+    def _owned(self, table: Mapping[int, set[Role]], values: Sequence[Any]) -> set[Role] | None:
+        for value in values:
+            if isinstance(value, Tensor):
+                found = table.get(id(value))
+                if found is None and value._base is not None:
+                    found = table.get(id(value._base))
+                if found is not None:
+                    return found
+        return None
+
+    def _looked_up(self, values: Sequence[Any], result: Any) -> None:
+        if not isinstance(result, Tensor) or not result.is_floating_point():
+            return
+        ids = next((a for a in values if isinstance(a, Tensor) and not a.is_floating_point() and a.dim()), None)
+        if ids is None or ids.dtype == torch.bool:
+            return
+        ids = ids if ids.dim() == 2 else ids.reshape(1, -1) if ids.dim() == 1 else ids.flatten(0, -2)
+        roles = self._owned(self._tokens, values)
+        if roles is not None:
+            lookup = Lookup(ids.detach().clone())  # loops write the next tokens into the same tensor
+            shared = self._shared(roles)
+            for role in shared:
+                if ids.shape[1] > 1:
+                    lookup.mask, lookup.positions = self._given.get(role, (None, None))
+                self._lookups[role] = lookup
+                self._seen_heads.pop(role, None)
+            return
+        for role in self._owned(self._others, values) or ():
+            if role in self._lookups and ids.shape[-1] == self._lookups[role].ids.shape[-1]:
+                self._lookups[role].positions = ids.detach()
+
+    def _shared(self, roles: set[Role]) -> set[Role]:
+        """All roles that this embedding now works for: several heads on one trunk, or one model's two roles."""
+        chosen = self._one_role(set(roles))
+        if chosen in ("policy", "reference"):
+            return (roles - {"policy", "reference"}) | {chosen}
+        return roles
+
+    def _head_called(self, roles: set[Role], given: Tensor | None, result: Tensor) -> Tensor:
+        role = self._one_role(set(roles))
+        lookup = self._lookups.get(role) if role else None
+        if role is None or lookup is None:
+            return result
+        rows = _rows_of(given, result, lookup)
+        if rows is None:
+            return result
+        call = self._make(role, lookup, *rows)
+        result = self._changed(call, result)
+        self._read(call, result)
+        self._seen_heads[role] = call
+        return result
+
+    def _make(self, role: Role, lookup: Lookup, rows: Tensor, columns: Tensor) -> Call:
+        self.order += 1
+        module = self._modules.get(role) or self._modules.get("policy")
+        window = sum(role in stepped for _, _, stepped in self.steps)
+        training = bool(module.training) if module is not None else False
+        self._count[role] = nth = self._count.get(role, -1) + 1
+        call = Call(role, self.order, nth, lookup, rows, columns, False, training, window)
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            few = [p.detach().reshape(-1)[:2].float() for p in self._marks.get(role, ())]
+            call.weights = torch.cat(few) if few else None
+        self.calls.append(call)
+        return call
+
+    def _changed(self, call: Call, result: Tensor) -> Tensor:
+        for change in self.changes:
+            if change.role == call.role:
+                call.with_grad = result.requires_grad
+                new = change.apply(call, result)
+                result = result if new is None else new
+        return result
+
+    def _read(self, call: Call, output: Tensor) -> None:
+        """Reduce an output to what is kept, and listen for its gradient."""
+        call.with_grad = output.requires_grad
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            flat = output.detach()
+            if call.role in ("policy", "reference"):
+                self._reduce_logits(call, flat.reshape(len(call.rows), -1))
+            else:
+                call.scalar = flat.reshape(-1).clone() if flat.numel() == len(call.rows) else None
+        if output.requires_grad:
+
+            def caught(gradient: Tensor, call: Call = call) -> None:
+                with torch.no_grad(), torch._C.DisableTorchFunction():
+                    call.backwards += 1
+                    self._reduce_gradient(call, gradient.detach())
+
+            call.handle = output.register_hook(caught)
+
+    def _reduce_logits(self, call: Call, logits: Tensor) -> None:
+        size, device = logits.shape[1], logits.device
+        call.size = size
+        fixed = torch.linspace(0, size - 1, min(COLUMNS, size), device=device).round().long()
+        ids, length = call.ids.to(device), call.ids.shape[1]
+        rows, columns = call.rows.to(device), call.columns.to(device)
+        tokens = []
+        for offset in CANDIDATES:
+            at = columns + offset
+            known = (at >= 0) & (at < length)
+            token = ids[rows, at.clamp(0, length - 1)]
+            tokens.append(torch.where(known & (token < size) & (token >= 0), token, -1))
+        call.candidates = torch.stack(tokens, 1)
+        call.at_candidates = logits.gather(1, call.candidates.clamp(min=0)).float()
+        call.at_columns = logits[:, fixed].float()
+        pieces: dict[float, list[Tensor]] = {t: [] for t in self.temperatures}
+        entropies = []
+        for piece in logits.split(max(1, CHUNK // size)):
+            z = piece.float() if piece.dtype != torch.float64 else piece
+            for i, t in enumerate(self.temperatures):
+                zt = z if t == 1 else z / t
+                lse = zt.logsumexp(-1)
+                pieces[t].append(lse)
+                if i == 0:
+                    p = (zt - lse[:, None]).exp_()
+                    entropies.append(lse - torch.nan_to_num(p.mul_(zt), nan=0.0).sum(-1))
+        call.lse = {t: torch.cat(found) for t, found in pieces.items()}
+        call.entropy = torch.cat(entropies)
+        last = columns == length - 1
+        if bool(last.any()):
+            call.tail = logits[last].clone()
+
+    def _reduce_gradient(self, call: Call, gradient: Tensor) -> None:
+        kept = call.gradient
+        if call.role not in ("policy", "reference"):
+            flat = gradient.reshape(-1)
+            if flat.numel() == len(call.rows):
+                kept["scalar"] = kept["scalar"] + flat if "scalar" in kept else flat.clone()
+            return
+        assert call.candidates is not None
+        g = gradient.reshape(len(call.rows), -1)
+        fixed = torch.linspace(0, g.shape[1] - 1, min(COLUMNS, g.shape[1]), device=g.device).round().long()
+        actions, peaks, sums = [], [], []
+        for piece in g.split(max(1, CHUNK // g.shape[1])):
+            size = piece.abs()
+            peak, action = size.max(-1)
+            actions.append(action)
+            peaks.append(piece.gather(1, action[:, None])[:, 0])
+            sums.append(size.sum(-1) - peak)
+        new = {
+            "action": torch.cat(actions),
+            "at_action": torch.cat(peaks).float(),
+            "others": torch.cat(sums).float(),
+            "at_columns": g[:, fixed].float(),
+            "at_candidates": g.gather(1, call.candidates.clamp(min=0)).float(),
+        }
+        for name, value in new.items():  # a second backward pass through the same output adds to the first
+            kept[name] = kept[name] + value if name in kept and name != "action" else value
+
+    # ---- whole forwards ----------------------------------------------------------------------------------------
+
+    def _entered(self, roles: frozenset[Role]) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            self._stack.append(roles)
+            mask, positions = _mask_and_positions(args, kwargs)
+            for role in self._acting(roles):
+                self._given[role] = (mask, positions)
+                self._seen_heads.pop(role, None)
+                self._lookups.pop(role, None)
+
+        return hook
+
+    def _left(self, roles: frozenset[Role]) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if self._stack and self._stack[-1] == roles:
+                self._stack.pop()
+            for role in self._acting(roles) if output is not None else ():
+                output = self._output_of(role, output)
+                self._given.pop(role, None)
+            return output
+
+        return hook
+
+    def _output_of(self, role: Role, output: Any) -> Any:
+        """Read what the whole model returned where it is not just what its head gave."""
+        lookup = self._lookups.get(role)
+        if lookup is None:
+            return output
+        batch, length = lookup.ids.shape
+        head = self._seen_heads.get(role)
+        with torch._C.DisableTorchFunction():
+            picked = pick(role, output, batch, length)
+        if picked is None or not isinstance(picked.tensor, Tensor) or not picked.tensor.dim():
+            return output
+        tensor = picked.tensor
+        width = tensor.shape[-1] if role in ("policy", "reference") else 1
+        count = tensor.numel() // max(width, 1)
+        if role in ("policy", "reference") and (tensor.dim() < 2 or width < 4):
+            return output
+        if head is not None and count == len(head.rows):
+            rows, columns = head.rows, head.columns
+        elif count == batch * length:
+            rows, columns = _grid(batch, length)
+        elif count % batch == 0 and 0 < count // batch < length and role in ("policy", "reference", "value"):
+            rows, columns = _grid(batch, count // batch)
+            columns = columns + length - count // batch
+        elif count == batch:
+            rows, columns = torch.arange(batch), torch.full((batch,), -1)
+        else:
+            return output
+        call = self._make(role, lookup, rows, columns)
+        call.pooled = count == batch and length > 1 and role in ("reward", "value")
+        if head is None:
+            new = self._changed(call, tensor)
+            if new is not tensor:
+                output = _replaced(output, tensor, new)
+                tensor = new
+        elif count == len(head.rows):  # the same numbers further on: nearer to the loss
+            if head.handle is not None:
+                head.handle.remove()
+            if head in self.calls:
+                self.calls.remove(head)
+            call.nth, self._count[role] = head.nth, self._count[role] - 1
+        self._read(call, tensor)
+        self._seen_heads[role] = call
+        return output
+
+    # ---- optimizers --------------------------------------------------------------------------------------------
+
+    def stepped(self, optimizer: Any) -> None:
+        """An optimizer steps, or would have."""
+        if all(known is not optimizer for known in self.optimizers):
+            self.optimizers.append(optimizer)
+        owned = [self._owners.get(id(p), set()) for group in optimizer.param_groups for p in group["params"]]
+        self.order += 1
+        self.steps.append((self.order, optimizer, frozenset[Role]().union(*owned)))
+        if self.last_window is not None and self._complete(self.last_window):
+            raise Enough
+
+    def _complete(self, windows: int) -> bool:
+        trained = {c.role for c in self.calls if c.backwards}
+        done = [sum(role in roles for _, _, roles in self.steps) for role in trained]
+        return bool(done) and min(done) >= windows
+
+    # ---- entering ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def watching(self) -> Iterator[Recorder]:
+        """Tapped inside, untouched afterwards."""
+        with ExitStack() as stack:
+            modules: dict[int, tuple[torch.nn.Module, set[Role]]] = {}
+            for role, module in self._modules.items():
+                modules.setdefault(id(module), (module, set()))[1].add(role)
+            for module, roles in modules.values():
+                named = frozenset(roles)
+                stack.callback(module.register_forward_pre_hook(self._entered(named), with_kwargs=True).remove)
+                stack.callback(
+                    module.register_forward_hook(self._left(named), with_kwargs=True, always_call=True).remove
+                )
+                for inner in _bodies(module):
+                    stack.callback(inner.register_forward_pre_hook(self._noted(named), with_kwargs=True).remove)
+            stack.enter_context(_eager())
+            stack.enter_context(_optimizers_tapped(self))
+            if self.setup.reward is not None and "reward" not in self._modules:
+                stack.enter_context(_function_tapped(self, self.setup.reward))
+            with self:
+                yield self
+            for call in self.calls:
+                if call.handle is not None:
+                    call.handle.remove()
+
+    def _noted(self, roles: frozenset[Role]) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            mask, positions = _mask_and_positions(args, kwargs)
+            for role in self._acting(roles):
+                before = self._given.get(role, (None, None))
+                self._given[role] = (before[0] if mask is None else mask, before[1] if positions is None else positions)
+
+        return hook
+
+    def texts_scored(self, arguments: tuple[Any, ...], returned: Any) -> Any:
+        """A reward function has answered; gives what the loop is to get."""
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            scores = _as_scores(returned)
+            if scores is None:
+                return returned
+            if self.text_change is not None:
+                changed = self.text_change(len(self.texts), scores.tolist())
+                if changed != scores.tolist():
+                    scores = torch.tensor(changed, dtype=torch.float64)
+                    returned = _like(returned, scores)
+            self.order += 1
+            self.texts.append(ScoredTexts(self.order, arguments, scores))
+        return returned
+
+
+# ---- finding the parts of a model ----------------------------------------------------------------------------------
+
+
+def _token_table(module: torch.nn.Module) -> list[Tensor]:
+    with contextlib.suppress(Exception):  # a model without it raises what it likes
+        return [module.get_input_embeddings().weight]  # type: ignore[operator]
+    tables = [m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)]
+    if not tables:
+        tables = [p for p in module.parameters() if p.dim() == 2]
+    most = max((t.shape[0] for t in tables), default=0)
+    return [t for t in tables if t.shape[0] == most][:1]
+
+
+def _other_tables(module: torch.nn.Module, tokens: Sequence[Tensor]) -> list[Tensor]:
+    tables = [m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)]
+    return [t for t in tables if all(t is not token for token in tokens)]
+
+
+def _vocabulary_heads(module: torch.nn.Module, tokens: Sequence[Tensor]) -> list[Tensor]:
+    with contextlib.suppress(Exception):
+        head = module.get_output_embeddings()  # type: ignore[operator]
+        return [getattr(head, "base_layer", head).weight]
+    rows = tokens[0].shape[0] if tokens else 0
+    found = [p for p in module.parameters() if p.dim() == 2 and p.shape[0] == rows and all(p is not t for t in tokens)]
+    return found[-1:] or list(tokens)
+
+
+def _scalar_heads(module: torch.nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.dim() == 2 and p.shape[0] == 1]
+
+
+def _bodies(module: torch.nn.Module) -> list[torch.nn.Module]:
+    """Inner modules that are given masks and positions: backbones that a loop may call directly."""
+    found = []
+    for name in ("base_model", "model", "transformer", "backbone", "pretrained_model"):
+        inner = getattr(module, name, None)
+        if isinstance(inner, torch.nn.Module) and inner is not module and all(inner is not f for f in found):
+            found.append(inner)
+    return found
+
+
+def _mask_and_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if mask is None:
+        mask = next((v for k, v in kwargs.items() if "mask" in k and isinstance(v, Tensor) and v.dim() == 2), None)
+    if mask is None:
+        mask = next((a for a in args[1:] if isinstance(a, Tensor) and a.dim() == 2 and _binary(a)), None)
+    return (
+        mask.detach().clone() if isinstance(mask, Tensor) and mask.dim() == 2 else None,
+        positions.detach().clone() if isinstance(positions, Tensor) and positions.dim() == 2 else None,
+    )
+
+
+def _binary(a: Tensor) -> bool:
+    return a.dtype == torch.bool or (not a.is_floating_point() and bool(((a == 0) | (a == 1)).all()))
+
+
+def _grid(batch: int, length: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.arange(batch).repeat_interleave(length),
+        torch.arange(length).repeat(batch),
+    )
+
+
+def _rows_of(given: Tensor | None, result: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor] | None:
+    """Which (row, column) of the ids each row of a head's input is; by shape, else by the hidden states' bits."""
+    if given is None:
+        return None
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        batch, length = lookup.ids.shape
+        width = given.shape[-1]
+        flat = given.detach().reshape(-1, width)
+        if len(flat) == batch * length:
+            if given.dim() == 3 and given.shape[:2] == (length, batch) and batch != length:
+                columns, rows = _grid(length, batch)
+                return rows, columns
+            return _grid(batch, length)
+        hidden = lookup.hidden
+        if hidden is None or hidden.shape[-1] != width:
+            if len(flat) == batch:
+                return torch.arange(batch), torch.full((batch,), length - 1)
+            return None
+        seen = hidden.detach().reshape(batch * length, width).to(given.dtype)
+        if given.dim() == 3 and given.shape[0] == batch:  # a slice over columns
+            short = given.shape[1]
+            grid = seen.reshape(batch, length, width)
+            for start in (length - short, length - short - 1, *range(length - short + 1)):
+                if 0 <= start <= length - short and _equal(grid[:, start : start + short], given.detach()):
+                    rows, columns = _grid(batch, short)
+                    return rows, columns + start
+            return _matched_by_row(given.detach(), grid)
+        return _matched(flat, seen, length)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return bool(torch.equal(a[:, :1], b[:, :1]) and torch.equal(a[:, -1:], b[:, -1:]))
+
+
+def _matched_by_row(given: Tensor, grid: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(b, t, D) gathered from (b, L, D) along its columns: row by row, by the bits of the first numbers."""
+    found = []
+    for row in range(len(given)):
+        matched = _matched(given[row], grid[row], grid.shape[1])
+        if matched is None:
+            return None
+        found.append(matched[1])
+    columns = torch.cat(found)
+    return torch.arange(len(given)).repeat_interleave(given.shape[1]), columns
+
+
+def _matched(flat: Tensor, seen: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
+    """Rows of ``flat`` found again among ``seen`` by their first numbers, in order where there is a choice."""
+    few = min(4, flat.shape[1])
+    places: dict[tuple[float, ...], list[int]] = {}
+    for place, key in enumerate(map(tuple, seen[:, :few].float().cpu().tolist())):
+        places.setdefault(key, []).append(place)
+    found, last = [], -1
+    for key in map(tuple, flat[:, :few].float().cpu().tolist()):
+        left = places.get(key)
+        if left is None:
+            return None
+        last = next((place for place in left if place > last), left[0])
+        found.append(last)
+    place = torch.tensor(found)
+    return place // length, place % length
+
+
+# ---- replacing -----------------------------------------------------------------------------------------------------
+
+
+def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
+    """The output with one tensor in it exchanged."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping):
+        for key, value in output.items():
+            if value is old:
+                output[key] = new  # type: ignore[index]  # a dict or a ModelOutput
+                return output
+    if isinstance(output, tuple):
+        made = [_replaced(value, old, new) for value in output]
+        return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
+    if isinstance(output, list):
+        return [_replaced(value, old, new) for value in output]
+    for key, value in getattr(output, "__dict__", {}).items():
+        if value is old:
+            with contextlib.suppress(AttributeError):
+                setattr(output, key, new)
+    return output
+
+
+def _as_scores(returned: Any) -> Tensor | None:
+    if isinstance(returned, Tensor):
+        return returned.detach().reshape(-1).double().cpu() if returned.dim() <= 2 else None
+    with contextlib.suppress(TypeError, ValueError):
+        return torch.tensor([float(x) for x in returned], dtype=torch.float64)
+    return None
+
+
+def _like(returned: Any, scores: Tensor) -> Any:
+    if isinstance(returned, Tensor):
+        return scores.to(returned.dtype).to(returned.device).reshape(returned.shape)
+    if hasattr(returned, "__array__"):
+        return scores.numpy().astype(returned.dtype).reshape(returned.shape)
+    kind = type(returned)
+    values = scores.tolist()
+    if returned and isinstance(returned[0], Tensor):
+        values = [s.to(r.dtype).reshape(r.shape) for s, r in zip(scores, returned, strict=True)]
+    return kind(values) if kind in (list, tuple) else values
+
+
+@contextmanager
+def _function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
+    """Put a listener wherever the program keeps this function: module attributes, instances, closures."""
+    @functools.wraps(function, updated=())
+    def listened(*args: Any, **kwargs: Any) -> Any:
+        return recorder.texts_scored((*args, *kwargs.values()), function(*args, **kwargs))
+
+    setup_fields = vars(recorder.setup)
+    undo: list[Callable[[], None]] = []
+    if hasattr(function, "__self__") and hasattr(function, "__name__"):
+        holder, name = function.__self__, function.__name__
+        with contextlib.suppress(AttributeError, TypeError):
+            had = name in vars(holder)
+            before = vars(holder).get(name)
+            setattr(holder, name, listened)
+            undo.append(lambda: setattr(holder, name, before) if had else delattr(holder, name))
+    for place in gc.get_referrers(function):
+        if place is setup_fields or place is vars(listened):
+            continue
+        if isinstance(place, dict):
+            for key in [k for k, v in place.items() if v is function]:
+                place[key] = listened
+                undo.append(lambda place=place, key=key: place.__setitem__(key, function))  # type: ignore[misc]
+        elif type(place).__name__ == "cell" and place.cell_contents is function and place not in (
+            listened.__closure__ or ()
+        ):
+            place.cell_contents = listened
+            undo.append(lambda place=place: setattr(place, "cell_contents", function))  # type: ignore[misc]
+        elif isinstance(place, list):
+            for i in [i for i, v in enumerate(place) if v is function]:
+                place[i] = listened
+                undo.append(lambda place=place, i=i: place.__setitem__(i, function))  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        for action in reversed(undo):
+            action()
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled models run as they are written, so that their parts can be seen."""
+    stance = getattr(torch.compiler, "set_stance", None)
+    if stance is None:
+        yield
+        return
+    with stance("force_eager"):
+        yield
+
+
+@contextmanager
+def _optimizers_tapped(recorder: Recorder) -> Iterator[None]:
+    """See every step of torch's optimizers; where steps are held, the call returns without one."""
+    from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+    if not recorder.hold:
+
+        def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+            recorder.stepped(optimizer)
+
+        handle = register_optimizer_step_pre_hook(before)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    patched: list[tuple[type, Any]] = []
+
+    def held(optimizer: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
+        loss = closure() if callable(closure) else None
+        recorder.stepped(optimizer)
+        return loss
+
+    held.hooked = True  # type: ignore[attr-defined]  # so that torch wraps it no further
+    kinds = [Optimizer]
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        if "step" in vars(kind):
+            patched.append((kind, vars(kind)["step"]))
+            type.__setattr__(kind, "step", held)
+    own: list[tuple[Any, Any]] = []
+    for optimizer in recorder.known_optimizers:  # learning-rate schedules wrap the step of the instance
+        if "step" in vars(optimizer):
+            own.append((optimizer, vars(optimizer)["step"]))
+            optimizer.step = functools.partial(held, optimizer)
+    try:
+        yield
+    finally:
+        for kind, step in patched:
+            type.__setattr__(kind, "step", step)
+        for optimizer, step in own:
+            optimizer.step = step
+
