@@ -396,7 +396,7 @@ def _complete(samples: list[Sample], calls: Sequence[Call], special: Special) ->
                 continue
             at = start + len(samples[sample].tokens)
             known = at < len(row) and not (mask is not None and mask.shape == ids.shape and not mask[b, at])
-            if known:
+            if known and (mask is not None or not _filler(row, at)):
                 votes.setdefault(samples[sample].tokens, Counter())[int(row[at])] += 1
     alike: dict[tuple[int, ...], list[Sample]] = {}
     for s in samples:
@@ -410,6 +410,11 @@ def _complete(samples: list[Sample], calls: Sequence[Call], special: Special) ->
             s.ended = token in special.eos
         for s in group:
             s.complete = True
+
+
+def _filler(row: Ints, at: int) -> bool:
+    """Whether a row merely repeats its last token from here on, as loops do that gather past the end."""
+    return at > 0 and bool((row[at:] == row[at - 1]).all())
 
 
 def _put(table: Table, name: str, placed: Placed, values: Any, chosen: Any = None, *, first: bool = True) -> None:

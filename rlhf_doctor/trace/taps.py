@@ -30,6 +30,13 @@ COLUMNS = 32  # vocabulary entries whose logits are kept for every row
 CANDIDATES = (-1, 0, 1, 2)  # offsets from a column to the tokens that may be its action; 1 is right
 CHUNK = 1 << 22  # logits that are reduced at once
 LOOKUPS = (torch.nn.functional.embedding, torch.embedding, torch.Tensor.__getitem__, torch.index_select)
+# They move rows about and compute none: what they give says where rows went, and not where they came from.
+MOVES = frozenset(
+    {"index_select", "gather", "__getitem__", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "flip",
+     "contiguous", "clone", "detach", "to", "type", "float", "half", "bfloat16", "double", "roll", "take_along_dim",
+     "squeeze", "unsqueeze", "narrow", "select", "split", "chunk", "cat", "expand", "masked_select", "index_put",
+     "scatter", "where", "type_as", "expand_as", "view_as", "cpu", "cuda", "movedim", "swapaxes", "t", "unbind"}
+)  # fmt: skip
 PROJECTIONS = (
     torch.nn.functional.linear,
     torch.matmul,
@@ -232,9 +239,10 @@ class Recorder(TorchFunctionMode):
         if func in LOOKUPS:
             self._looked_up((*args, *(kwargs or {}).values()), result)
         if self._lookups and type(result) is Tensor and result.dim() > 1 and result.shape[-1] in self._widths:
-            for lookup in self._lookups.values():
-                if result.shape[:-1].numel() == lookup.ids.numel() and result.is_floating_point():
-                    lookup.hidden = result
+            if getattr(func, "__name__", "") not in MOVES and result.is_floating_point():
+                for lookup in self._lookups.values():
+                    if result.shape[:-1].numel() == lookup.ids.numel():
+                        lookup.hidden = result
         return result
 
     def _owned(self, table: Mapping[int, set[Role]], values: Sequence[Any]) -> set[Role] | None:
@@ -503,7 +511,8 @@ class Recorder(TorchFunctionMode):
         def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             mask, positions = _mask_and_positions(args, kwargs)
             for role in self._acting(roles):
-                before = self._given.get(role, (None, None))
+                inside = any(role in active for active in self._stack)
+                before = self._given.get(role, (None, None)) if inside else (None, None)
                 self._given[role] = (before[0] if mask is None else mask, before[1] if positions is None else positions)
 
         return hook
@@ -596,30 +605,29 @@ def _rows_of(given: Tensor | None, result: Tensor, lookup: Lookup) -> tuple[Tens
         batch, length = lookup.ids.shape
         width = given.shape[-1]
         flat = given.detach().reshape(-1, width)
-        if len(flat) == batch * length:
-            if given.dim() == 3 and given.shape[:2] == (length, batch) and batch != length:
-                columns, rows = _grid(length, batch)
-                return rows, columns
-            return _grid(batch, length)
         hidden = lookup.hidden
         if hidden is None or hidden.shape[-1] != width:
-            if len(flat) == batch:
-                return torch.arange(batch), torch.full((batch,), length - 1)
-            return None
-        seen = hidden.detach().reshape(batch * length, width).to(given.dtype)
-        if given.dim() == 3 and given.shape[0] == batch:  # a slice over columns
-            short = given.shape[1]
-            grid = seen.reshape(batch, length, width)
+            if len(flat) == batch * length:
+                return _grid(batch, length)
+            return (torch.arange(batch), torch.full((batch,), length - 1)) if len(flat) == batch else None
+        time_first = hidden.dim() == 3 and hidden.shape[:2] == (length, batch) and batch != length
+        seen = hidden.detach().to(given.dtype)
+        seen = (seen.transpose(0, 1) if time_first else seen).reshape(batch * length, width)
+        if time_first and given.dim() == 3 and given.shape[:2] == (length, batch):
+            columns, rows = _grid(length, batch)
+            return rows, columns
+        if len(flat) == batch * length and torch.equal(flat[:, :4], seen[:, :4]):
+            return _grid(batch, length)
+        if given.dim() == 3 and given.shape[0] == batch:
+            short, grid, few = given.shape[1], seen.reshape(batch, length, width), given.detach()[..., :4]
             for start in (length - short, length - short - 1, *range(length - short + 1)):
-                if 0 <= start <= length - short and _equal(grid[:, start : start + short], given.detach()):
+                if 0 <= start <= length - short and torch.equal(grid[:, start : start + short, :4], few):
                     rows, columns = _grid(batch, short)
                     return rows, columns + start
-            return _matched_by_row(given.detach(), grid)
-        return _matched(flat, seen, length)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return bool(torch.equal(a[:, :1], b[:, :1]) and torch.equal(a[:, -1:], b[:, -1:]))
+            found = _matched_by_row(given.detach(), grid)
+        else:
+            found = _matched(flat, seen, length)
+        return _grid(batch, length) if found is None and len(flat) == batch * length else found
 
 
 def _matched_by_row(given: Tensor, grid: Tensor) -> tuple[Tensor, Tensor] | None:
