@@ -78,10 +78,14 @@ def conduct(setup: RLHFSetup, temperature: float, seed: int = 0) -> Experiments:
     first = stepper.run()
     stepper.by_hand = bool(first.moved)
     base = tabulate(first, setup, temperature)
+    if stepper.by_hand:
+        _first_update_alone(base)
     found = Experiments(base, first, None, None, None, by_hand=stepper.by_hand)
     real = stepper.run(hold=False, times=2, may_fail=True)
     found.real = real
     found.repeat = tabulate(real, setup, temperature, samples=base.samples)
+    if stepper.by_hand:
+        _first_update_alone(found.repeat)
     _second_step(found, real, setup, temperature)
     found.noise = _noise(base, found.repeat, stepper.by_hand)
     found.reproducible = _same_samples(base, found.repeat) and max(found.noise.values(), default=0.0) <= NOISY
@@ -95,6 +99,18 @@ def conduct(setup: RLHFSetup, temperature: float, seed: int = 0) -> Experiments:
     found.seconds = 0.0
     found.runs = stepper.runs
     return found
+
+
+def _first_update_alone(table: Table) -> None:
+    """Forget what was read after the first update: it was read at other weights."""
+    for window, names in (
+        ("window", ("weight", "logp", "temperature", "mixed", "offset", "action", "entropy_weight", "new_entropy")),
+        ("value_window", ("value", "value_gradient")),
+    ):
+        later = ~(table[window] == 0)
+        for name in names:
+            if name in table.fields:
+                table.fields[name][later] = np.nan
 
 
 def _second_step(found: Experiments, real: Run, setup: RLHFSetup, temperature: float) -> None:
@@ -191,6 +207,8 @@ class _Conductor:
             self.found.reasons[name] = f"the step raised with changed {name}: {broken.sentence}"
             return None
         table = tabulate(run, self.setup, self.temperature, samples=self.base.samples)
+        if self.stepper.by_hand:
+            _first_update_alone(table)
         self.found.done[name] = made_experiment = Experiment(name, amounts, touched, table, run)
         return made_experiment
 

@@ -351,6 +351,8 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     end = run.boundaries[0] if run.boundaries else math.inf
     calls = [c for c in run.calls if c.order <= end]
     episodes, rest = split_generation(calls)
+    sampling = {id(c.source) for episode in episodes for c in episode}
+    rest = [c for c in rest if id(c.source) not in sampling]  # a second head of the sampling model
     prompt_known = True
     if samples is None:
         samples = [s for episode in episodes for s in generated(episode, special)]
@@ -530,7 +532,7 @@ def _decode(table: Table, placed: Placed, logp: Floats, current: Any) -> None:
     _outside(table, "policy", placed, raw, current)
 
 
-PURE = 1e-3  # misfit in nats of log-gradients up to which one log-probability alone explains them
+CLEARLY = 10  # times better must an entropy bonus explain the gradients than a log-probability alone
 
 
 def _temperatures(call: Call, action: Ints, declared: float) -> tuple[Floats, Floats, Floats]:
@@ -554,9 +556,10 @@ def _temperatures(call: Call, action: Ints, declared: float) -> tuple[Floats, Fl
     y = np.where(usable, signed / np.exp(np.where(usable, logp, 0.0)), 0.0)
     slope, intercept, left, count = _lines(np.where(usable, logp, 0.0), y, usable)
     size = np.abs(intercept) + np.abs(slope)
-    bonus = (misfit > PURE) & (count >= 4) & (left < 1e-2 * size)
+    left = left / np.maximum(size, 1e-300)
+    bonus = (misfit > CLEARLY * left) & (count >= 4) & (left < 1e-2)
     temperature[bonus] = declared
-    misfit[bonus] = (left / np.maximum(size, 1e-300))[bonus]
+    misfit[bonus] = left[bonus]
     return temperature, misfit, np.where(bonus, declared * slope, 0.0)
 
 

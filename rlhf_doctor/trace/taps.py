@@ -536,9 +536,22 @@ class Recorder(TorchFunctionMode):
 # ---- finding the parts of a model ----------------------------------------------------------------------------------
 
 
+def _embedding_of(module: torch.nn.Module, getter: str) -> Tensor | None:
+    """The weight that transformers' own accessor names, of the module or of the first inside it that has one."""
+    for inner in module.modules():
+        if callable(getattr(inner, getter, None)):
+            with contextlib.suppress(Exception):  # a model without it raises what it likes
+                found = getattr(inner, getter)()
+                found = getattr(found, "base_layer", found)
+                if isinstance(found.weight, Tensor):
+                    return found.weight
+    return None
+
+
 def _token_table(module: torch.nn.Module) -> list[Tensor]:
-    with contextlib.suppress(Exception):  # a model without it raises what it likes
-        return [module.get_input_embeddings().weight]  # type: ignore[operator]
+    named = _embedding_of(module, "get_input_embeddings")
+    if named is not None:
+        return [named]
     tables = [m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)]
     if not tables:
         tables = [p for p in module.parameters() if p.dim() == 2]
@@ -552,9 +565,9 @@ def _other_tables(module: torch.nn.Module, tokens: Sequence[Tensor]) -> list[Ten
 
 
 def _vocabulary_heads(module: torch.nn.Module, tokens: Sequence[Tensor]) -> list[Tensor]:
-    with contextlib.suppress(Exception):
-        head = module.get_output_embeddings()  # type: ignore[operator]
-        return [getattr(head, "base_layer", head).weight]
+    named = _embedding_of(module, "get_output_embeddings")
+    if named is not None:
+        return [named]
     rows = tokens[0].shape[0] if tokens else 0
     found = [p for p in module.parameters() if p.dim() == 2 and p.shape[0] == rows and all(p is not t for t in tokens)]
     return found[-1:] or list(tokens)
