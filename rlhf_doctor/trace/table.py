@@ -119,15 +119,21 @@ class Table:
 
 
 def split_generation(calls: Sequence[Call]) -> tuple[list[list[Call]], list[Call]]:
-    """(episodes of generation, the rest): the policy's calls without gradient that grow by one token each."""
+    """(episodes of generation, the rest): the policy's calls without gradient that gain one token each.
+
+    Without a cache the last of them may as well be the first pass over the finished text: it is in both.
+    """
     episodes: list[list[Call]] = []
     current: list[Call] = []
     rest: list[Call] = []
+    others = sorted(c.order for c in calls if c.role in ("reward", "reference"))
 
     def close() -> None:
         nonlocal current
         if len(current) > 1:
             episodes.append(current)
+            if current[-1].ids.shape[1] > 1:
+                rest.append(current[-1])
         else:
             rest.extend(current)
         current = []
@@ -137,7 +143,9 @@ def split_generation(calls: Sequence[Call]) -> tuple[list[list[Call]], list[Call
             close()
             rest.append(call)
             continue
-        if current and not _continues(current[-1], call):
+        if current and (
+            any(current[-1].order < o < call.order for o in others) or not _continues(current[-1], call)
+        ):
             close()
         current.append(call)
     close()
@@ -151,14 +159,17 @@ def _continues(before: Call, call: Call) -> bool:
         return False
     if b.shape[1] == 1:
         return True
-    return b.shape[1] == a.shape[1] + 1 and a.shape[1] > 0 and bool(torch.equal(b[:, :-1].cpu(), a.cpu()))
+    if b.shape == a.shape:  # a buffer that is filled in
+        changed = (a != b).sum(1)
+        return bool((changed <= 1).all() and changed.any())
+    return b.shape[1] == a.shape[1] + 1 and a.shape[1] > 0 and bool(torch.equal(b[:, :-1], a))
 
 
 def generated(episode: Sequence[Call], special: Special) -> list[Sample]:
     """The samples of one episode; the last token drawn is not seen by the model and known later."""
     first = episode[0]
     start = first.ids.cpu().numpy()
-    fed = np.stack([c.ids.cpu().numpy()[:, -1] for c in episode[1:]], 1)
+    fed = _fed([c.ids.cpu().numpy() for c in episode])
     mask = first.source.mask
     kept = None
     if mask is not None and mask.shape[0] == start.shape[0] and mask.shape[1] >= start.shape[1]:
@@ -169,6 +180,19 @@ def generated(episode: Sequence[Call], special: Special) -> list[Sample]:
         response, ended = _until_end(fed[b], special.eos)
         found.append(Sample(tuple(map(int, prompt)), response, ended, ended))
     return found
+
+
+def _fed(ids: Sequence[Ints]) -> list[list[int]]:
+    """The tokens that each row gained from call to call."""
+    fed: list[list[int]] = [[] for _ in ids[0]]
+    for before, now in zip(ids, ids[1:], strict=False):
+        if now.shape == before.shape and now.shape[1] > 1:
+            for b, column in zip(*np.nonzero(now != before), strict=True):
+                fed[b].append(int(now[b, column]))
+        else:
+            for b, token in enumerate(now[:, -1]):
+                fed[b].append(int(token))
+    return fed
 
 
 def _stripped(row: Ints, pad: int | None) -> Ints:
@@ -351,7 +375,8 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     end = run.boundaries[0] if run.boundaries else math.inf
     calls = [c for c in run.calls if c.order <= end]
     episodes, rest = split_generation(calls)
-    sampling = {id(c.source) for episode in episodes for c in episode}
+    kept = {id(c.source) for c in rest if c.role == "policy"}
+    sampling = {id(c.source) for episode in episodes for c in episode} - kept
     rest = [c for c in rest if id(c.source) not in sampling]  # a second head of the sampling model
     prompt_known = True
     if samples is None:
