@@ -26,6 +26,7 @@ __all__ = ["Experiment", "Experiments", "conduct"]
 SMALL = 0.05  # nats or score units: far above float32's rounding, far below any clip range in use
 POISON = 1e3
 SEED = 20
+NEARBY = (0.5, 0.7, 0.85, 1.2, 1.5)  # of the declared temperature: what tokens may have been drawn at instead
 
 
 @dataclass
@@ -74,7 +75,7 @@ def conduct(setup: RLHFSetup, temperature: float, seed: int = 0) -> Experiments:
     Raises:
         Broken: the unchanged step raises.
     """
-    stepper = Stepper(setup, (temperature,))
+    stepper = Stepper(setup, (temperature, *(temperature * factor for factor in NEARBY)))
     first = stepper.run()
     stepper.by_hand = bool(first.moved)
     base = tabulate(first, setup, temperature)
