@@ -261,7 +261,8 @@ class _Conductor:
                 touched |= self.groups == 1
         logits = np.zeros(self.shape)
         if base.has("ref_logp"):
-            logits[self.groups == 2] = self.random.uniform(0.2, 1.0, self.shape)[self.groups == 2]
+            pushes = self.random.uniform(0.2, 1.0, self.shape) * self.random.choice([-1.0, 1.0], self.shape)
+            logits[self.groups == 2] = pushes[self.groups == 2]
             logits *= base.real
             if logits.any():
                 made.append(changes.at_tokens(base, "reference", logits, lambda placed: True))
