@@ -73,7 +73,10 @@ class Snapshot:
         elif isinstance(holder, torch.optim.Optimizer):
             self.undo.append(_optimizer_kept(holder))
         elif _is_stateful(holder):
-            saved = copy.deepcopy(holder.state_dict())
+            try:
+                saved = copy.deepcopy(holder.state_dict())
+            except Exception:  # some only have the method, and nothing behind it
+                return
             self.undo.append(lambda: holder.load_state_dict(copy.deepcopy(saved)))
         else:
             self._reach(holder, seen, 0, inside=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -84,7 +85,8 @@ class Stepper:
         with run_kept(self.snapshot):
             _set_generators(self.generators)
             try:
-                with recorder.watching(), torch.enable_grad():
+                with warnings.catch_warnings(), recorder.watching(), torch.enable_grad():
+                    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # held steps are not counted
                     for _ in range(times):
                         returned = self.setup.step()  # type: ignore[misc]  # checked at the start
                         boundaries.append(recorder.order)

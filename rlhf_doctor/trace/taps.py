@@ -802,6 +802,7 @@ def _optimizers_tapped(recorder: Recorder) -> Iterator[None]:
         if "step" in vars(optimizer):
             own.append((optimizer, vars(optimizer)["step"]))
             optimizer.step = functools.partial(held, optimizer)
+            optimizer.step._wrapped_by_lr_sched = True  # or the schedule warns that it was taken out
     try:
         yield
     finally:
