@@ -7,6 +7,7 @@ sequence less one, and a mask says which of them belong to the response. The KL 
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -405,6 +406,7 @@ class PPOTrainer:
         }  # fmt: skip
 
 
+@functools.cache
 def gpt2(seed: int, head: str) -> Any:
     config = transformers.GPT2Config(
         vocab_size=VOCAB, n_positions=64, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -425,7 +427,8 @@ def gpt2(seed: int, head: str) -> Any:
 def build(fault: str | None = None) -> dict[str, Any]:
     assert fault is None or fault in FAULTS, fault
     tok = tokenizer("right")
-    model, reward_model = gpt2(0, "lm"), gpt2(1, "score").requires_grad_(False)
+    model, reward_model = copy.deepcopy((gpt2(0, "lm"), gpt2(1, "score")))
+    reward_model.requires_grad_(False)
     ref_model = copy.deepcopy(model).requires_grad_(False)
     if fault == "v_head_frozen":
         model.v_head.requires_grad_(False)

@@ -5,6 +5,8 @@ Nothing here touches the global random generators.
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any, Literal
 
 import tokenizers
@@ -62,6 +64,11 @@ def tiny_llama(seed: int, head: Literal["lm", "score", "tokens"] = "lm") -> Any:
     ``lm`` ends a text after about eight tokens and never says pad. ``score`` gives one number per text, of mean 0 and
     standard deviation 1 over texts; ``tokens`` one number per token.
     """
+    return copy.deepcopy(_built(seed, head))
+
+
+@functools.cache
+def _built(seed: int, head: str) -> Any:
     config = transformers.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
