@@ -89,7 +89,7 @@ def conduct(setup: RLHFSetup, temperature: float, seed: int = 0) -> Experiments:
         _first_update_alone(found.repeat)
     _second_step(found, real, setup, temperature)
     found.noise = _noise(base, found.repeat, stepper.by_hand)
-    found.reproducible = _same_samples(base, found.repeat) and max(found.noise.values(), default=0.0) <= NOISY
+    found.reproducible = _same_samples(base, found.repeat, real) and max(found.noise.values(), default=0.0) <= NOISY
     if found.reproducible and base.samples:
         windows = None if stepper.by_hand else _first_epoch(base)
         _Conductor(setup, temperature, stepper, base, found, windows, seed).all()
@@ -153,12 +153,25 @@ def _noise(base: Table, repeat: Table, by_hand: bool) -> dict[str, float]:
     return found
 
 
-def _same_samples(base: Table, repeat: Table) -> bool:
-    """Whether the repeated run drew the same tokens: its sampling is compared call by call."""
-    a, b = base.generation, repeat.generation
-    if len(a) != len(b):
+def _same_samples(base: Table, repeat: Table, real: Run) -> bool:
+    """Whether the repeated run drew the same tokens before its first update: sampling is compared call by call."""
+    b = [c for c in repeat.generation if c.order < _first_update(real)]
+    a = base.generation[: len(b)]
+    if len(a) != len(b) or (base.generation and not b):
         return False
     return all(x.ids.shape == y.ids.shape and bool((x.ids == y.ids).all()) for x, y in zip(a, b, strict=True))
+
+
+def _first_update(run: Run) -> float:
+    """The order of the first optimizer step, or of the first call at other weights than a role's first ones."""
+    first = [order for order, _, _ in run.steps[:1]]
+    before: dict[str, Any] = {}
+    for call in run.calls:
+        known = before.setdefault(call.role, call.weights)
+        if known is not None and call.weights is not None and not bool((known == call.weights).all()):
+            first.append(call.order)
+            break
+    return min(first, default=float("inf"))
 
 
 class _Conductor:
@@ -170,7 +183,10 @@ class _Conductor:
         self.base, self.found, self.windows = base, found, windows
         self.random = np.random.default_rng(SEED + seed)
         self.shape = base.tokens.shape
-        self.groups = self._groups()
+        first: dict[tuple[int, ...], int] = {}
+        # Samples of the same tokens cannot be told apart once rows are shuffled: they are changed alike.
+        self.twin = np.array([first.setdefault(s.tokens, i) for i, s in enumerate(base.samples)], dtype=np.int64)
+        self.groups = self._groups()[self.twin]
 
     def _groups(self) -> Any:
         """Every sample's group: a part is never touched, so that what moves there moved with the batch."""
@@ -179,7 +195,11 @@ class _Conductor:
         for name in ("weight", "value_gradient"):
             seen |= (np.isfinite(base[name]) & base.real).any(1)
         group = np.zeros(len(base.samples), dtype=np.int64)
-        group[seen] = np.arange(int(seen.sum())) % 4
+        window = base.windows.get("policy", base.windows.get("value", group))
+        for number in np.unique(window[seen]):
+            rows = np.flatnonzero(seen & (window == number))
+            rows = rows[np.argsort(-base.real[rows].sum(1), kind="stable")]
+            group[rows] = np.arange(len(rows)) % 4
         return group
 
     def all(self) -> None:
@@ -214,7 +234,7 @@ class _Conductor:
         return made_experiment
 
     def _scored(self, name: str, amounts: Floats) -> None:
-        base = self.base
+        base, amounts = self.base, amounts[self.twin]
         texts = {scored.order: k for k, scored in enumerate(self.found.first.texts)}
         if any(order in texts for order, _ in base.score_rows):
             self._run(name, amounts, amounts != 0, text=changes.of_texts(base, texts, amounts))
@@ -230,7 +250,8 @@ class _Conductor:
         if not fit.any():
             fit = np.isfinite(scores)
         middle = np.nanmedian(scores[fit])
-        rank = np.where(fit, lengths - 5 * np.abs(scores - middle), -np.inf)
+        alone = np.bincount(self.twin, minlength=len(scores))[self.twin] == 1
+        rank = np.where(fit, lengths - 5 * np.abs(scores - middle) + 100 * alone, -np.inf)
         chosen = int(np.argmax(rank))
         amounts = np.zeros(len(scores))
         amounts[chosen] = self._size(scores) * (1 if scores[chosen] <= middle else -1)
@@ -256,6 +277,7 @@ class _Conductor:
             lengths = base.real.sum(1)
             for s in np.flatnonzero((self.groups == 1) & (lengths > 1)):
                 values[s, lengths[s] // 2] = SMALL * max(float(np.nanstd(base["old_value"])), 0.2)
+            values = values[self.twin]
             if values.any():
                 made.append(changes.at_states(base, "value", values, changes.is_old))
                 touched |= self.groups == 1
@@ -263,10 +285,21 @@ class _Conductor:
         if base.has("ref_logp"):
             pushes = self.random.uniform(0.2, 1.0, self.shape) * self.random.choice([-1.0, 1.0], self.shape)
             logits[self.groups == 2] = pushes[self.groups == 2]
-            logits *= base.real
+            logits = logits[self.twin] * base.real
             if logits.any():
                 made.append(changes.at_tokens(base, "reference", logits, lambda placed: True))
                 touched |= self.groups == 2
+        lengths = np.array([len(s.response) for s in base.samples] or [0])
+
+        def outside(placed: changes.Placed) -> Floats:
+            # The reference away from the responses of group 3: what has no business in any KL.
+            at = np.maximum(placed.sample, 0)
+            away = (placed.sample >= 0) & (self.groups[at] == 3) & ((placed.state < 0) | (placed.state >= lengths[at]))
+            return np.where(away, 1.0, 0.0)
+
+        if any(p.call.role == "reference" and outside(p).any() for p in base.placed):
+            made.append(changes.at_columns(base, "reference", outside, lambda placed: True))
+            touched |= self.groups == 3
         if made:
             self._run("rollout outputs", values + logits, touched, *made)
         else:
@@ -304,7 +337,7 @@ class _Conductor:
         elif np.any(values):
             self._run("update values", values, np.ones(len(base.samples), dtype=bool), *made)
         if base.has("weight"):
-            sizes = self.random.choice([-1.0, -0.4, -0.05, 0.05, 0.4, 1.0], self.shape) * base.real
+            sizes = self.random.choice([-1.0, -0.4, -0.05, 0.05, 0.4, 1.0], self.shape)[self.twin] * base.real
             change = changes.at_tokens(base, "policy", sizes, changes.is_update)
             self._run("update logits", sizes, np.ones(len(base.samples), dtype=bool), change)
         else:

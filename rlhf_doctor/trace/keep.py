@@ -34,7 +34,7 @@ class Snapshot:
         self.modules = _modules(setup)
         self.undo: list[Callable[[], None]] = []
         self.weights: dict[int, torch.Tensor] = {}  # id of a parameter -> its numbers
-        owned: set[int] = set()
+        self.owned = owned = set[int]()
         for module in self.modules:
             for parameter in module.parameters():
                 if id(parameter) not in owned and not parameter.is_meta:
@@ -42,6 +42,7 @@ class Snapshot:
                     self.weights[id(parameter)] = self._tensor(parameter.data, parameter)
                     if parameter.grad is not None:
                         self._tensor(parameter.grad)
+            owned |= {id(buffer) for buffer in module.buffers()}
         optimizers = [*setup.optimizers, *(o for o in live_optimizers() if _steps_any(o, owned))]
         self.optimizers = list({id(o): o for o in optimizers}.values())
         seen = {id(o) for o in (*self.modules, setup, setup.tokenizer, setup.reward_tokenizer)}
@@ -65,6 +66,17 @@ class Snapshot:
         self.undo.append(back)
         return saved
 
+    def _module(self, module: torch.nn.Module) -> None:
+        """A module that is no role's: a sampler's copy of the policy, a moving average."""
+        for parameter in module.parameters():
+            if id(parameter) not in self.owned and not parameter.is_meta:
+                self.owned.add(id(parameter))
+                self._tensor(parameter.data, parameter)
+        for buffer in module.buffers():
+            if id(buffer) not in self.owned and not buffer.is_meta:
+                self.owned.add(id(buffer))
+                self._tensor(buffer)
+
     def _holder(self, holder: Any, seen: set[int]) -> None:
         """Something with a state of its own: an optimizer, a schedule, a controller, a sampler."""
         if isinstance(holder, torch.Generator):
@@ -86,6 +98,7 @@ class Snapshot:
             return
         seen.add(id(thing))
         if isinstance(thing, torch.nn.Module):
+            self._module(thing)
             return
         if isinstance(thing, torch.Tensor):
             if not isinstance(thing, torch.nn.Parameter) and thing.grad_fn is None and not thing.is_meta:

@@ -202,10 +202,12 @@ def policy_response(made: Recovered, found: Experiments, experiment: Experiment)
     after = masked(base, experiment.table["weight"]) / made.row_scale[:, None]
     response = after - before
     windows = base["window"]
+    known = ~experiment.touched[:, None] & np.isfinite(before) & np.isfinite(after)
     for window in np.unique(windows[np.isfinite(windows)]):
         inside = windows == window
-        still = inside & ~experiment.touched[:, None] & np.isfinite(before) & np.isfinite(after)
-        if still.sum() >= 2 and np.ptp(before[still]) > 0 and (after[still] != before[still]).any():
+        still = inside & known
+        still = still if _enough(before[still]) else known  # else whitening over the whole batch is taken for granted
+        if _enough(before[still]) and (after[still] != before[still]).any():
             slope, intercept = _line(before[still], after[still])
             if slope:
                 response[inside] = ((after - intercept) / slope - before)[inside]
@@ -213,6 +215,10 @@ def policy_response(made: Recovered, found: Experiments, experiment: Experiment)
         if fit is not None and fit.slope and fit.misfit < 1e-2:
             response[inside] /= fit.slope
     return response
+
+
+def _enough(values: Floats) -> bool:
+    return len(values) > 1 and bool(np.ptp(values) > 0)
 
 
 def return_response(made: Recovered, found: Experiments, experiment: Experiment) -> Floats:

@@ -38,6 +38,7 @@ class Run:
     boundaries: list[int] = field(default_factory=list)  # order at the end of each step
     returned: Any = None
     error: str = ""
+    gradients: list[tuple[int, dict[Role, torch.Tensor]]] = field(default_factory=list)  # see ``Recorder.gradients``
 
 
 class Stepper:
@@ -55,6 +56,7 @@ class Stepper:
         self.by_hand = False
         self.generators = _generator_states()
         self.runs = 0
+        self.trained: frozenset[Role] = frozenset()
 
     def run(
         self,
@@ -79,6 +81,7 @@ class Stepper:
             last_window=last_window,
             text_change=text_change,
             known_optimizers=self.snapshot.optimizers,
+            trained=self.trained,
         )
         started, stopped, error, returned = time.perf_counter(), False, "", None
         boundaries: list[int] = []
@@ -97,10 +100,13 @@ class Stepper:
                 if not may_fail:
                     raise Broken("loop", error) from raised
             moved = {} if (hold and not self.by_hand and self.runs) else self._moved()
+            recorder.note_gradients()
         self.runs += 1
+        if self.runs == 1:
+            self.trained = frozenset(c.role for c in recorder.calls if c.backwards)
         return Run(
             recorder.calls, recorder.texts, recorder.steps, stopped, time.perf_counter() - started, moved, boundaries,
-            returned, error,
+            returned, error, recorder.gradients,
         )  # fmt: skip
 
     def _moved(self) -> dict[Role, dict[str, float]]:

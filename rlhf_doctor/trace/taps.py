@@ -90,6 +90,7 @@ class Call:
     size: int = 0  # of the vocabulary
     tail: Tensor | None = None  # (rows of the batch, V): logits after the last id, whose action is not among the ids
     gradient: dict[str, Tensor] = field(default_factory=dict)
+    foreign: Role | None = None  # the head was given this other role's hidden states, bit for bit
     weights: Tensor | None = None  # a few numbers of the role's parameters at the time, to see who has been updated
     backwards: int = 0
     handle: Any = None
@@ -131,6 +132,7 @@ class Recorder(TorchFunctionMode):
         last_window: raise ``Enough`` once so many optimizer steps were asked for on every trained role; None: never.
         text_change: (order of the call, scores) -> scores, for a reward that is a function.
         known_optimizers: those that exist already.
+        trained: roles that are known to be trained; ``last_window`` waits for them.
     """
 
     def __init__(
@@ -143,6 +145,7 @@ class Recorder(TorchFunctionMode):
         last_window: int | None = None,
         text_change: Callable[[int, list[float]], list[float]] | None = None,
         known_optimizers: Sequence[Any] = (),
+        trained: frozenset[Role] = frozenset(),
     ) -> None:
         super().__init__()
         self.setup = setup
@@ -152,6 +155,8 @@ class Recorder(TorchFunctionMode):
         self.last_window = last_window
         self.text_change = text_change
         self.known_optimizers = tuple(known_optimizers)
+        self.trained = trained
+        self.gradients: list[tuple[int, dict[Role, Tensor]]] = []  # (order, role -> norms at a few parameters)
         self.calls: list[Call] = []
         self.texts: list[ScoredTexts] = []
         self.steps: list[tuple[int, Any, frozenset[Role]]] = []  # (order, optimizer, roles it steps)
@@ -291,11 +296,24 @@ class Recorder(TorchFunctionMode):
         rows = _rows_of(given, result, lookup)
         if rows is None:
             return result
-        call = self._make(role, lookup, *rows)
+        call = self._make(role, lookup, rows[0], rows[1])
+        call.foreign = None if rows[2] else self._whose(role, given)
         result = self._changed(call, result)
         self._read(call, result)
         self._seen_heads[role] = call
         return result
+
+    def _whose(self, role: Role, given: Tensor | None) -> Role | None:
+        """The other role whose last hidden states a head was given."""
+        assert given is not None
+        flat = given.detach().reshape(-1, given.shape[-1])
+        for other, lookup in self._lookups.items():
+            hidden = lookup.hidden
+            if lookup is not self._lookups.get(role) and hidden is not None and hidden.shape[-1] == flat.shape[1]:
+                seen = hidden.detach().reshape(-1, flat.shape[1]).to(flat.dtype)
+                if len(seen) == len(flat) and torch.equal(seen[:, :4], flat[:, :4]):
+                    return other
+        return None
 
     def _make(self, role: Role, lookup: Lookup, rows: Tensor, columns: Tensor) -> Call:
         self.order += 1
@@ -472,11 +490,28 @@ class Recorder(TorchFunctionMode):
         owned = [self._owners.get(id(p), set()) for group in optimizer.param_groups for p in group["params"]]
         self.order += 1
         self.steps.append((self.order, optimizer, frozenset[Role]().union(*owned)))
+        self.note_gradients()
         if self.last_window is not None and self._complete(self.last_window):
             raise Enough
 
+    def note_gradients(self) -> None:
+        """Keep the gradients' norms at a few parameters of every role, NaN where there is none."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            self.gradients.append(
+                (
+                    self.order,
+                    {
+                        role: torch.stack(
+                            [torch.tensor(torch.nan) if p.grad is None else p.grad.float().norm().cpu() for p in marks]
+                        )
+                        for role, marks in self._marks.items()
+                        if marks
+                    },
+                )
+            )
+
     def _complete(self, windows: int) -> bool:
-        trained = {c.role for c in self.calls if c.backwards}
+        trained = {c.role for c in self.calls if c.backwards} | self.trained
         done = [sum(role in roles for _, _, roles in self.steps) for role in trained]
         return bool(done) and min(done) >= windows
 
@@ -610,8 +645,11 @@ def _grid(batch: int, length: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def _rows_of(given: Tensor | None, result: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor] | None:
-    """Which (row, column) of the ids each row of a head's input is; by shape, else by the hidden states' bits."""
+def _rows_of(given: Tensor | None, result: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor, bool] | None:
+    """Which (row, column) of the ids each row of a head's input is; by shape, else by the hidden states' bits.
+
+    The third says whether the bits agree, or nothing was known to compare with.
+    """
     if given is None:
         return None
     with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -621,26 +659,28 @@ def _rows_of(given: Tensor | None, result: Tensor, lookup: Lookup) -> tuple[Tens
         hidden = lookup.hidden
         if hidden is None or hidden.shape[-1] != width:
             if len(flat) == batch * length:
-                return _grid(batch, length)
-            return (torch.arange(batch), torch.full((batch,), length - 1)) if len(flat) == batch else None
+                return *_grid(batch, length), True
+            return (torch.arange(batch), torch.full((batch,), length - 1), True) if len(flat) == batch else None
         time_first = hidden.dim() == 3 and hidden.shape[:2] == (length, batch) and batch != length
         seen = hidden.detach().to(given.dtype)
         seen = (seen.transpose(0, 1) if time_first else seen).reshape(batch * length, width)
         if time_first and given.dim() == 3 and given.shape[:2] == (length, batch):
             columns, rows = _grid(length, batch)
-            return rows, columns
+            return rows, columns, True
         if len(flat) == batch * length and torch.equal(flat[:, :4], seen[:, :4]):
-            return _grid(batch, length)
+            return *_grid(batch, length), True
         if given.dim() == 3 and given.shape[0] == batch:
             short, grid, few = given.shape[1], seen.reshape(batch, length, width), given.detach()[..., :4]
             for start in (length - short, length - short - 1, *range(length - short + 1)):
                 if 0 <= start <= length - short and torch.equal(grid[:, start : start + short, :4], few):
                     rows, columns = _grid(batch, short)
-                    return rows, columns + start
+                    return rows, columns + start, True
             found = _matched_by_row(given.detach(), grid)
         else:
             found = _matched(flat, seen, length)
-        return _grid(batch, length) if found is None and len(flat) == batch * length else found
+        if found is None:
+            return (*_grid(batch, length), False) if len(flat) == batch * length else None
+        return *found, True
 
 
 def _matched_by_row(given: Tensor, grid: Tensor) -> tuple[Tensor, Tensor] | None:
