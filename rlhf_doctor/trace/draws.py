@@ -1,0 +1,327 @@
+"""Who drew each response token, from which context, and what is said of the same states elsewhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rlhf_doctor.finding import Role
+from rlhf_doctor.trace.runs import Run
+from rlhf_doctor.trace.table import Placed, Places, Special, Table, _logp, _place
+from rlhf_doctor.trace.taps import Call
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+
+__all__ = ["Chain", "Draws", "Strange", "apart", "chains", "draws", "log_ratios"]
+
+FAINT = -10.0  # log-probability below which rounding says nothing of two passes
+
+
+@dataclass
+class Chain:
+    """Calls of a model that grow their texts by a token each; all but the last were surely drawn from.
+
+    ``drawn`` (B, K) are the tokens, -1 where a row had ended; ``columns`` (B, K) the states that they were drawn in.
+    ``last`` is the call after the last known token: one more draw, or the first pass over whole texts.
+    """
+
+    calls: list[Call]
+    drawn: Ints
+    columns: Ints
+    last: Call
+
+
+@dataclass(frozen=True)
+class Strange:
+    """A drawn text that is not trained on, and what is trained on in its place."""
+
+    prompt: tuple[int, ...]
+    drawn: tuple[int, ...]
+    instead: tuple[int, ...]
+
+
+@dataclass
+class Draws:
+    """(S, T) by the samples of a table, NaN where unknown.
+
+    Attributes:
+        row: (S,) the row of the batch that each sample was drawn in, -1 unknown.
+        sampled: (S, T, C) log-probabilities (at temperature 1) of fixed vocabulary entries where tokens were drawn.
+        old: the same in the pass over whole texts before the update, ``new`` in the update's first pass.
+        old_logp: of the drawn token at the table's temperature; ``new_logp`` likewise.
+        contexts: sample -> the ids that the sampler was given before the first token.
+        strange: what was drawn and altered before it was trained on.
+        lost: rows of the passes that belong to no sample.
+        placed: rows that do.
+    """
+
+    row: Ints
+    sampled: Floats
+    old: Floats
+    new: Floats
+    old_logp: Floats
+    new_logp: Floats
+    contexts: dict[int, tuple[int, ...]]
+    strange: list[Strange]
+    lost: int = 0
+    placed: int = 0
+
+
+def apart(a: Floats, b: Floats) -> Floats:
+    """(S, T) largest distance in nats between two passes over the entries that either finds likely, NaN if unknown."""
+    gap = np.abs(np.maximum(a, FAINT - 5) - np.maximum(b, FAINT - 5))
+    gap = np.where(np.fmax(a, b) > FAINT, gap, np.nan)
+    found = np.full(gap.shape[:2], np.nan)
+    known = np.isfinite(gap).any(-1)
+    if known.any():
+        found[known] = np.nanmax(gap[known], -1)
+    return found
+
+
+def chains(calls: Sequence[Call], role: Role = "policy") -> list[Chain]:
+    """Every sequence of calls without gradient in which each row gains at most one token a call."""
+    found: list[Chain] = []
+    current: list[Call] = []
+    steps: list[tuple[Ints, Ints]] = []
+
+    def close() -> None:
+        nonlocal current, steps
+        if len(current) > 2 or (len(current) == 2 and current[1].ids.shape[1] == 1):
+            drawn, columns = (np.stack([s[i] for s in steps], 1) for i in (0, 1))
+            found.append(Chain(current[:-1], drawn, columns, current[-1]))
+        current, steps = [], []
+
+    for call in sorted((c for c in calls if c.role == role), key=lambda c: c.order):
+        if call.with_grad or call.pooled:
+            close()
+            continue
+        gained = _gained(current[-1], call) if current else None
+        if current and gained is None:
+            close()
+        if gained is not None:
+            steps.append(gained)
+        current.append(call)
+    close()
+    return found
+
+
+def _gained(before: Call, call: Call) -> tuple[Ints, Ints] | None:
+    """(token, column it was drawn in) of each row, if ``call`` is ``before`` with a token more; else None."""
+    a, b = before.ids.cpu().numpy(), call.ids.cpu().numpy()
+    if a.shape[0] != b.shape[0]:
+        return None
+    last = np.full(len(a), a.shape[1] - 1)
+    if b.shape[1] == 1 and (a.shape[1] > 1 or before.columns.numel() == len(a)):
+        return b[:, -1], last
+    if b.shape[1] == a.shape[1] + 1 and np.array_equal(b[:, :-1], a):
+        return b[:, -1], last
+    if a.shape != b.shape or a.shape[1] < 2:
+        return None
+    apart = a != b
+    if apart.any() and int(apart.sum(1).max()) <= 1:  # filled in place
+        at = apart.argmax(1)
+        moved = apart.any(1) & (at > 0)
+        return np.where(moved, b[np.arange(len(b)), at], -1), np.where(moved, at - 1, -1)
+    if np.array_equal(b[:, :-1], a[:, 1:]):  # a window that slides
+        return b[:, -1], last
+    return None
+
+
+def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Draws:
+    """Match what was drawn with the table's samples, and read both passes over them.
+
+    Args:
+        run: its calls; only those of its first step count.
+        table: made of the same step.
+        special: which tokens end a text or fill it up.
+        held: whether optimizers' steps were left out.
+    """
+    end = run.boundaries[0] if run.boundaries else float("inf")
+    calls = [c for c in run.calls if c.order <= end]
+    episodes = chains(calls)
+    width = max((int(c.at_columns.shape[1]) for c in calls if c.at_columns is not None), default=0)
+    shape = (*table.tokens.shape, width)
+    made = Draws(
+        np.full(len(table.samples), -1), np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan),
+        np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), {}, _strange(calls, episodes, special),
+    )  # fmt: skip
+    offset = 0
+    for chain in episodes:
+        for b in range(len(chain.drawn)):
+            _match(made, chain, b, offset, table, special)
+        offset += len(chain.drawn)
+    _passes(made, calls, episodes, table, special, held)
+    return made
+
+
+def _match(made: Draws, chain: Chain, b: int, offset: int, table: Table, special: Special) -> None:
+    """Find the sample that a row of a batch became, and what was said where its tokens were drawn."""
+    said = _said(chain, b, special)
+    prompt = _context(chain, b, special)
+    fits = [s for s, x in enumerate(table.samples) if said and made.row[s] < 0 and x.response[: len(said)] == said]
+    if not fits:
+        return
+    best = max(fits, key=lambda s: (_shared(table.samples[s].prompt, prompt), s == offset + b, -s))
+    made.row[best] = offset + b
+    made.contexts[best] = prompt
+    for t in range(min(len(said), made.sampled.shape[1])):
+        call = chain.calls[t]
+        at = _output_row(call, b, int(chain.columns[b, t]))
+        if at is not None:
+            assert call.at_columns is not None
+            made.sampled[best, t] = (call.at_columns[at].double() - call.lse[1.0][at].double()).cpu().numpy()
+
+
+def _said(chain: Chain, b: int, special: Special) -> tuple[int, ...]:
+    """What a row was seen to draw, up to the end of its text."""
+    found: list[int] = []
+    for token in chain.drawn[b].tolist():
+        if token < 0:
+            break
+        found.append(token)
+        if token in special.eos:
+            break
+    return tuple(found)
+
+
+def _context(chain: Chain, b: int, special: Special) -> tuple[int, ...]:
+    """What a row's first token was drawn after."""
+    call, column = chain.calls[0], int(chain.columns[b, 0])
+    row = call.ids[b, : column + 1].cpu().numpy()
+    mask = call.source.mask
+    if mask is not None and mask.shape[0] == call.ids.shape[0] and mask.shape[1] >= len(row):
+        return tuple(map(int, row[mask[b, : len(row)].cpu().numpy().astype(bool)]))
+    return _bare(row, special)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many last tokens two texts have in common."""
+    n = 0
+    while n < min(len(a), len(b)) and a[-1 - n] == b[-1 - n]:
+        n += 1
+    return n
+
+
+def _bare(row: Any, special: Special) -> tuple[int, ...]:
+    """A row without padding on either side."""
+    row = np.asarray(row)
+    real = np.flatnonzero(row != special.pad) if special.pad is not None else np.arange(len(row))
+    return tuple(map(int, row[real[0] : real[-1] + 1])) if len(real) else ()
+
+
+def _trained_texts(calls: Sequence[Call], special: Special) -> set[tuple[int, ...]]:
+    rows = (row for c in calls if c.role == "policy" and c.with_grad for row in c.ids.cpu().numpy())
+    return {_bare(row, special) for row in rows}
+
+
+def _strange(calls: Sequence[Call], episodes: Sequence[Chain], special: Special) -> list[Strange]:
+    """Drawn texts that are not trained on, each with the text in its place.
+
+    A text cut before its end was reached is not meant: loops stop at other words than the end of sequence too.
+    """
+    texts = _trained_texts(calls, special)
+    matched: set[tuple[int, ...]] = set()
+    left: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    for chain in episodes:
+        for b in range(len(chain.drawn)):
+            said, prompt = _said(chain, b, special), _bare(_context(chain, b, special), special)
+            kept = said[:-1] if said and said[-1] == special.pad else said
+            fits = {t for t in texts if any(t[i : i + len(kept)] == kept for i in _joints(t, prompt))}
+            matched |= fits
+            if said and not fits:
+                left.append((prompt, said))
+    found = []
+    for prompt, said in left:
+        rests = [(t[i:], t) for t in texts - matched for i in _joints(t, prompt) if i < len(t) or not said[1:]]
+        if not rests:
+            continue
+        rest, text = max(rests, key=lambda r: sum(x == y for x, y in zip(r[0], said, strict=False)))
+        cut = said[: len(rest)] == rest and said[len(rest) :][:1] != said[-1:]
+        if not cut or said[len(rest)] in special.eos:
+            matched.add(text)
+            found.append(Strange(prompt, said, rest))
+    return found
+
+
+def _joints(text: Sequence[int], prompt: Sequence[int]) -> list[int]:
+    """Where in a text a response to the prompt may begin: after the prompt, or after as much of it as there is."""
+    full = [i for i in range(1, len(text) + 1) if len(prompt) and _shared(text[:i], prompt) >= min(len(prompt), i)]
+    return full or [i for i in range(1, len(text) + 1) if _shared(text[:i], prompt) >= 2]
+
+
+def _output_row(call: Call, b: int, column: int) -> int | None:
+    columns = call.columns.cpu().numpy()
+    columns = np.where(columns < 0, call.ids.shape[1] - 1, columns)
+    at = np.flatnonzero((call.rows.cpu().numpy() == b) & (columns == column))
+    return int(at[0]) if len(at) else None
+
+
+def _passes(
+    made: Draws, calls: Sequence[Call], episodes: Sequence[Chain], table: Table, special: Special, held: bool
+) -> None:
+    """The first pass over whole texts without gradient, and the first with one, at the weights before any update."""
+    texts = _trained_texts(calls, special)
+    drawing = {id(c) for chain in episodes for c in chain.calls}
+    drawing |= {id(chain.last) for chain in episodes if not _whole(chain.last, texts, special)}
+    window = min((c.window for c in calls if c.role == "policy"), default=0)
+    places, used = Places(table.samples, special), {False: Counter[int](), True: Counter[int]()}
+    first: torch.Tensor | None = None
+    for call in calls:
+        update = bool(call.with_grad and call.backwards)
+        if call.role != "policy" or id(call) in drawing or call.at_columns is None or call.with_grad != update:
+            continue
+        first = call.weights if first is None else first
+        moved = first is not None and call.weights is not None and not torch.equal(first, call.weights)
+        if moved or (call.window > window and not held):
+            continue
+        placed = _place(call, places, used[update])
+        made.lost += int((placed.row_sample < 0).sum())
+        made.placed += int((placed.row_sample >= 0).sum())
+        logp = _logp(table, placed, table.temperature)
+        logs = (call.at_columns.double() - call.lse[1.0].double()[:, None]).cpu().numpy()
+        inside = _responses(placed, table)
+        into, tokens = (made.new, made.new_logp) if update else (made.old, made.old_logp)
+        for n in np.flatnonzero(inside):
+            s, t = int(placed.sample[n]), int(placed.state[n])
+            if np.isnan(into[s, t]).all():
+                into[s, t], tokens[s, t] = logs[n], logp[n]
+
+
+def _responses(placed: Placed, table: Table) -> NDArray[np.bool_]:
+    """Which rows of a call are states of response tokens."""
+    inside = (placed.sample >= 0) & (placed.state >= 0) & (placed.state < table.tokens.shape[1])
+    inside[inside] = table.real[placed.sample[inside], placed.state[inside]]
+    return inside
+
+
+def _whole(call: Call, texts: set[tuple[int, ...]], special: Special) -> bool:
+    """Whether a call gives the states of whole texts, and not of texts that lack a token yet."""
+    if call.ids.shape[1] == 1 or call.rows.numel() <= call.ids.shape[0]:
+        return False
+    rows = [_bare(row, special) for row in call.ids.cpu().numpy()]
+    return not any(row not in texts and any(text[: len(row)] == row for text in texts) for row in rows)
+
+
+def log_ratios(table: Table, temperatures: Sequence[float]) -> Iterator[tuple[float, Floats]]:
+    """(T', (S, T)): log π at temperature T' less log π at the declared one, of each drawn token, before any update."""
+    window = min((p.call.window for p in table.placed if p.call.role == "policy"), default=0)
+    for other in temperatures:
+        ratio = np.full(table.tokens.shape, np.nan)
+        for placed in table.placed:
+            call = placed.call
+            if call.role != "policy" or other not in call.lse or call.window > window:
+                continue
+            gap = _logp(table, placed, other) - _logp(table, placed, table.temperature)
+            inside = _responses(placed, table)
+            where = placed.sample[inside], placed.state[inside]
+            ratio[where] = np.where(np.isnan(ratio[where]), gap[inside], ratio[where])
+        yield other, ratio

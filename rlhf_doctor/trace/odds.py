@@ -1,0 +1,166 @@
+"""Odds of what was drawn under two accounts of how: valid whatever the distributions are, with nothing estimated.
+
+A likelihood ratio has mean 1 where the second account is true; so it passes 1/α with probability below α, also when
+draws go on as long as one likes (Ville's inequality).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhf_doctor.instruments.drawing import Drawing, Drawn
+from rlhf_doctor.trace.draws import log_ratios
+from rlhf_doctor.trace.spans import spans
+from rlhf_doctor.trace.table import Table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+__all__ = ["ALARM", "Heat", "Repeats", "heat", "repeats_between", "repeats_within", "scoring_temperature"]
+
+ALARM = math.log(1e6)
+OPEN = -1.5  # log odds down to which it is worth drawing more
+MORE = 6  # times
+SHARES = (0.05, 0.3, 0.8, 0.99)  # of tokens that are repeated, where some are
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Odds that tokens were drawn at another temperature than they are scored at, and the likeliest such one."""
+
+    log_odds: float
+    temperature: float
+    tokens: int
+    surprise: float  # mean of -log π of the drawn tokens, in nats
+    entropy: float  # what it should be on average
+
+
+def heat(drawing: Drawing) -> Heat:
+    """Compare the drawn tokens' likelihood at temperatures around the declared one; draws more where it is close."""
+    scored = drawing.first.table.temperature
+    others = [t for t in dict.fromkeys((*drawing.temperatures, 1.0)) if not math.isclose(t, scored)]
+    sums, seen = dict.fromkeys(others, 0.0), list(drawing.steps)
+    for step in drawing.steps:
+        _add(sums, step)
+    extra = 0
+    while OPEN < _mean_odds(sums) < ALARM and extra < MORE:
+        extra += 1
+        more = drawing.again(extra)
+        if more is None:
+            break
+        _add(sums, more)
+        seen.append(more)
+    best = max(sums, key=lambda t: sums[t])
+    surprise, entropy, tokens = _surprise(seen)
+    return Heat(_mean_odds(sums), best, tokens, surprise, entropy)
+
+
+def _add(sums: dict[float, float], step: Drawn) -> None:
+    counted = _counted(step.table)
+    for other, ratio in log_ratios(step.table, tuple(sums)):
+        sums[other] += float(np.nansum(np.where(counted, ratio, 0.0)))
+
+
+def _counted(table: Table) -> NDArray[np.bool_]:
+    """Response tokens, without those left out of the training of a row: tools' words, which nobody drew."""
+    seen = spans(table, "policy")
+    whole = ~seen.inside.any(1)
+    found: NDArray[np.bool_] = table.real & (seen.inside | whole[:, None])
+    return found
+
+
+def _mean_odds(sums: dict[float, float]) -> float:
+    """The mean of odds is odds again: no price for looking at several."""
+    if not sums:
+        return -math.inf
+    return float(np.logaddexp.reduce(list(sums.values()))) - math.log(len(sums))
+
+
+def _surprise(steps: Sequence[Drawn]) -> tuple[float, float, int]:
+    told, expected = [], []
+    for step in steps:
+        table = step.table
+        known = np.where(np.isfinite(table["old_logp"]), table["old_logp"], table["logp"])
+        entropy = np.where(np.isfinite(table["entropy"]), table["entropy"], table["new_entropy"])
+        both = _counted(table) & np.isfinite(known) & np.isfinite(entropy)
+        told.append(-known[both])
+        expected.append(entropy[both])
+    a, b = np.concatenate(told or [np.zeros(0)]), np.concatenate(expected or [np.zeros(0)])
+    return (float(a.mean()), float(b.mean()), len(a)) if len(a) else (math.nan, math.nan, 0)
+
+
+def scoring_temperature(table: Table) -> tuple[float, float, int] | None:
+    """(temperature, spread, tokens) of the log-probabilities that are trained, from their gradients; None if unknown."""
+    found = table["temperature"]
+    good = np.isfinite(found) & (table["mixed"] < 1e-2) & table.real
+    if int(good.sum()) < 3:
+        return None
+    middle = float(np.median(found[good]))
+    return middle, float(np.quantile(np.abs(found[good] / middle - 1), 0.75)), int(good.sum())
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Odds that tokens repeat earlier ones instead of being drawn; ``rows`` are pairs of samples with most in common."""
+
+    log_odds: float
+    tokens: int
+    equal: int
+    expected: float
+    rows: tuple[tuple[int, int], ...] = ()
+
+
+def repeats_within(step: Drawn) -> Repeats:
+    """Each response against the last one before it to the same prompt."""
+    table = step.table
+    order = sorted(range(len(table.samples)), key=lambda s: (step.draws.row[s] < 0, step.draws.row[s], s))
+    last: dict[tuple[int, ...], int] = {}
+    pairs = []
+    for s in order:
+        prompt = table.samples[s].prompt
+        if prompt in last:
+            pairs.append((last[prompt], s))
+        last[prompt] = s
+    return _repeats(table, table, pairs, step)
+
+
+def repeats_between(first: Drawn, second: Drawn) -> Repeats:
+    """Each response of the second step against the one drawn in the same place of the batch in the first."""
+    rows = {int(r): s for s, r in enumerate(first.draws.row) if r >= 0}
+    pairs = [(rows[int(r)], s) for s, r in enumerate(second.draws.row) if int(r) in rows]
+    if not pairs:
+        pairs = [(s, s) for s in range(min(len(first.table.samples), len(second.table.samples)))]
+    return _repeats(first.table, second.table, pairs, second)
+
+
+def _repeats(a: Table, b: Table, pairs: Sequence[tuple[int, int]], step: Drawn) -> Repeats:
+    """Odds of token by token "a copy with probability ρ, else drawn" against "drawn"."""
+    logs = [0.0] * len(SHARES)
+    tokens, equal, expected = 0, 0, 0.0
+    alike: list[tuple[int, tuple[int, int]]] = []
+    logp = np.where(np.isfinite(step.draws.old_logp), step.draws.old_logp, step.draws.new_logp)
+    for i, j in pairs:
+        x, y = a.samples[i].response, b.samples[j].response
+        hits = 0
+        for t in range(min(len(x), len(y))):
+            if not np.isfinite(logp[j, t]):
+                continue
+            tokens += 1
+            p = math.exp(min(float(logp[j, t]), 0.0))
+            if x[t] != y[t]:
+                logs = [total + math.log1p(-share) for total, share in zip(logs, SHARES, strict=True)]
+                continue
+            hits, expected = hits + 1, expected + p
+            logs = [total + math.log1p(share * (1 - p) / p) for total, share in zip(logs, SHARES, strict=True)]
+        equal += hits
+        alike.append((hits, (i, j)))
+    alike.sort(reverse=True)
+    odds = float(np.logaddexp.reduce(logs)) - math.log(len(logs))
+    return Repeats(odds, tokens, equal, expected, tuple(pair for hits, pair in alike[:3] if hits))

@@ -1,0 +1,98 @@
+"""Which states each sample is trained at: within its response, before it and after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhf_doctor.finding import Role
+from rlhf_doctor.trace.table import Table
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+    Bools = NDArray[np.bool_]
+    Ints = NDArray[np.int64]
+
+__all__ = ["Spans", "spans"]
+
+NOTHING = 1e-7  # of the largest gradient: what rounding leaves of a masked one
+
+
+@dataclass
+class Spans:
+    """Of a role's first pass over each sample.
+
+    Attributes:
+        inside: (S, T) whether a response token is trained.
+        before: (S,) how many states before the response are, ``after`` (S,) how many past its last token.
+        rows: (S,) whether anything of a sample is.
+        real: (S, T) response tokens.
+    """
+
+    inside: Bools
+    before: Ints
+    after: Ints
+    rows: Bools
+    real: Bools
+
+    @property
+    def counts(self) -> Ints:
+        """(S,) how many states of each sample are trained."""
+        return self.inside.sum(1) + self.before + self.after  # type: ignore[no-any-return]
+
+    @property
+    def lengths(self) -> Ints:
+        """(S,) response tokens."""
+        return self.real.sum(1)  # type: ignore[no-any-return]
+
+    @property
+    def first(self) -> Bools:
+        """(S,) whether the first token is trained."""
+        return self.inside[:, 0] if self.inside.shape[1] else np.zeros(len(self.rows), bool)
+
+    @property
+    def last(self) -> Bools:
+        """(S,) whether the last token is trained."""
+        found = np.zeros(len(self.rows), bool)
+        some = np.flatnonzero(self.lengths > 0)
+        found[some] = self.inside[some, self.lengths[some] - 1]
+        return found
+
+
+def spans(table: Table, role: Role) -> Spans:
+    """Where gradients come back to a role's outputs, of the first pass that each sample is trained in."""
+    count = len(table.samples)
+    lengths = table.real.sum(1)
+    sizes: dict[tuple[int, int], float] = {}
+    first = np.full(count, -1)
+    for placed in sorted(table.placed, key=lambda p: p.call.order):
+        call = placed.call
+        if call.role != role or not call.backwards:
+            continue
+        kept = call.gradient.get("scalar" if role == "value" else "at_action")
+        if kept is None:
+            continue
+        gradient = np.abs(kept.detach().double().cpu().numpy())
+        new = [s for s in set(placed.sample[placed.sample >= 0].tolist()) if first[s] < 0]
+        first[new] = call.window
+        for n in np.flatnonzero((placed.sample >= 0) & np.isfinite(gradient) & (gradient > 0)):
+            s = int(placed.sample[n])
+            if first[s] == call.window:
+                key = s, int(placed.state[n])
+                sizes[key] = sizes.get(key, 0.0) + float(gradient[n])
+    floor = NOTHING * max(sizes.values(), default=0.0)
+    inside = np.zeros(table.tokens.shape, dtype=bool)
+    before, after = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+    for (s, t), size in sizes.items():
+        if size <= floor:
+            continue
+        if 0 <= t < lengths[s]:
+            inside[s, t] = True
+        else:
+            (before if t < 0 else after)[s] += 1
+    rows = inside.any(1) | (before > 0) | (after > 0)
+    return Spans(inside, before, after, rows, table.real)
