@@ -1,25 +1,17 @@
 """The smallest complete four-model RLHF: SFT, reward modelling and PPO with policy, reference, reward and value.
 
-Importing this package loads neither torch nor transformers; the functions below load them when they are called.
+Importing this package loads neither torch nor transformers; naming one of its functions does.
 """
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 __all__ = ["build_setup", "save_checkpoints"]
 
 
-def build_setup(seed: int = 0, *, trained: bool = True) -> dict[str, Any]:
-    """See `reference_impl.setup.build_setup`."""
+def __getattr__(name: str) -> Any:
+    """`build_setup` and `save_checkpoints` of `reference_impl.setup`."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from reference_impl import setup
 
-    return setup.build_setup(seed, trained=trained)
-
-
-def save_checkpoints(setup: dict[str, Any], folder: str | Path) -> dict[str, Path]:
-    """See `reference_impl.setup.save_checkpoints`."""
-    from reference_impl.setup import save_checkpoints as save
-
-    return save(setup, folder)
+    return getattr(setup, name)

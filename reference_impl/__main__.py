@@ -8,8 +8,6 @@ A run that was stopped goes on with the same command and --resume. DIR gets the 
 metrics.jsonl with a row an iteration, curves.html and settings.json; in DIR/state is what --resume needs.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -23,15 +21,17 @@ from typing import Any
 import torch
 import transformers
 
-from reference_impl import checkpoints, curves, loading, ppo, rollout, scale, setup, task
+from reference_impl import checkpoints, curves, loading, ppo, roles, rollout, scale, setup, task
 
 SHOWN = ("gold", "score", "kl", "entropy", "explained_variance", "clip_fraction", "eos_rate")
+FIELDS = [field.name for field in dataclasses.fields(ppo.Settings)]
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Settings]:
     """The options; every field of ppo.Settings is one. Its defaults are the task's, or those for models from disk."""
-    parser = argparse.ArgumentParser("python -m reference_impl", None, __doc__)
-    parser.formatter_class = argparse.RawTextHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m reference_impl", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all that the run writes")
     parser.add_argument("--resume", action="store_true", help="go on from the newest state in DIR/state")
     parser.add_argument("--save-every", type=int, default=50, metavar="N", help="iterations (default: %(default)s)")
@@ -48,17 +48,17 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Sett
     algorithm = parser.add_argument_group("PPO")
     algorithm.add_argument("--kl-target", type=float, metavar="X", help="nats a response; adapts the KL coefficient")
     algorithm.add_argument("--kl-horizon", type=int, default=10000, metavar="X", help="default: %(default)s")
-    for field in dataclasses.fields(ppo.Settings):
-        default, on_task, on_disk = (getattr(s, field.name) for s in (ppo.Settings(), setup.TASK, setup.DISK))
+    for name in FIELDS:
+        default, on_task, on_disk = (getattr(s, name) for s in (ppo.Settings(), setup.TASK, setup.DISK))
         kind: dict[str, Any] = {"type": int if default is None else type(default), "metavar": "X"}
         if isinstance(default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         told = f"default: {on_task}" + (f", from disk {on_disk}" if on_task != on_disk else "")
-        algorithm.add_argument("--" + field.name.replace("_", "-"), help=told, default=argparse.SUPPRESS, **kind)
+        algorithm.add_argument("--" + name.replace("_", "-"), help=told, default=argparse.SUPPRESS, **kind)
     given = parser.parse_args(arguments)
     if len({given.policy is None, given.reward is None, given.prompts is None}) > 1:
         parser.error("--policy, --reward and --prompts go together")
-    changed = {f.name: getattr(given, f.name) for f in dataclasses.fields(ppo.Settings) if hasattr(given, f.name)}
+    changed = {name: x for name, x in vars(given).items() if name in FIELDS}
     try:
         return given, dataclasses.replace(setup.DISK if given.policy else setup.TASK, **changed)
     except ValueError as error:
@@ -70,10 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, settings = parse(arguments)
     try:
         run(given, settings)
-    except (loading.Unusable, FloatingPointError) as error:
+    except (loading.Unusable, FloatingPointError, OSError) as error:
         sys.exit(f"python -m reference_impl: {error}")
-    except OSError as error:
-        sys.exit(f"python -m reference_impl: {error}; what was written before is in {given.out}")
     except KeyboardInterrupt:
         sys.exit("python -m reference_impl: stopped; the same command with --resume goes on from the last saved state")
     finally:
@@ -91,9 +89,9 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
     out.mkdir(parents=True, exist_ok=True)
     transformers.utils.logging.disable_progress_bar()
 
-    def say(text: str, end: str = "\n") -> None:
+    def say(text: str) -> None:
         if first:
-            print(f"{time.perf_counter() - begun:6.1f} s  {text}", end=end, flush=True)
+            print(f"{time.perf_counter() - begun:6.1f} s  {text}", flush=True)
 
     # 1. The models: from disk, or from supervised fine-tuning and reward modelling.
     prompts, summary = task.prompts(), dict[str, float]()
@@ -104,14 +102,15 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
         models = loading.load_models(out / "reference", out / "reward")
     else:
         sizes = {name: getattr(given, name) for name in ("demonstrations", "pairs", "noise")}
-        models = setup.build_models(given.seed, trained=True, **sizes, reward_learning_rate=2e-3, report=say)
+        say("supervised fine-tuning and reward modelling")
+        models = setup.build_models(given.seed, trained=True, **sizes, rate=2e-3)
         summary = setup.judge_reward(models, given.seed, given.noise)
         say("reward " + "  ".join(f"{name} {x:.3f}" for name, x in summary.items()))
     if saved is None:
         if first:
             shutil.rmtree(out / "state", ignore_errors=True)
         setup.save_checkpoints(vars(models), out, ("reference", "reward"))
-    for role in setup.ROLES:
+    for role in roles.ROLES:
         scale.shard(getattr(models, role).to(device))
 
     # 2. PPO. On the task the gold score of every response is kept beside the reward model's.
@@ -137,32 +136,26 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
         (out / "settings.json").write_text(told)
         metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for i in range(done + 1, given.iterations + 1):
-        try:
-            row = {"step": i, **whole["step"]()}
-        except FloatingPointError as error:
-            raise FloatingPointError(f"iteration {i} stopped before an update that is not finite: {error}") from error
-        if gold:
-            row["gold"] = sum(gold) / len(gold)
-        rows.append(row)
+        rows.append({"step": i, **whole["step"](), **({"gold": sum(gold) / len(gold)} if gold else {})})
         last = i == given.iterations
         if first:
             with metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(rows[-1]) + "\n")
         if i % given.save_every == 0 or last:
             checkpoints.save(out / "state", i, *moving)
-        if first and (i % 10 == 0 or last):
-            (out / "curves.html").write_text(curves.page(f"PPO, seed {given.seed}", f"{i} iterations", {"run": rows}))
-        live = sys.stdout.isatty() and i % 10 and not last
-        if first and (live or i % 10 == 0 or last):
-            figures = "  ".join(f"{name} {row[name]:.2f}" for name in SHOWN if name in row)
-            say(f"ppo {i:4d}/{given.iterations}  {figures}", "\r" if live else "\n")
+        if i % 10 == 0 or last:
+            shown = "  ".join(f"{name} {rows[-1][name]:.2f}" for name in SHOWN if name in rows[-1])
+            say(f"ppo {i:4d}/{given.iterations}  {shown}")
+            if first:
+                page = curves.page(f"PPO, seed {given.seed}", f"{i} iterations.", {"run": rows})
+                (out / "curves.html").write_text(page)
 
     # 3. The models that were trained, with the run's log as transformers' Trainer writes it; and on the task, what PPO
     #    has gained.
+    log = json.dumps({"global_step": given.iterations, "log_history": rows}, indent=2) + "\n"
     for folder in setup.save_checkpoints(vars(models), out, ("policy", "value")).values():
         if first:
-            log = {"global_step": given.iterations, "log_history": rows}
-            (folder / "trainer_state.json").write_text(json.dumps(log, indent=2) + "\n")
+            (folder / "trainer_state.json").write_text(log)
     say(f"policy, reference, reward and value are in {out}")
     if not given.policy:
         before, after = (setup.mean_gold(model, models.tokenizer) for model in (models.reference, models.policy))

@@ -1,88 +1,53 @@
 """A run's curves as one HTML page: inline SVG, light and dark, nothing loaded from elsewhere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-__all__ = ["PANELS", "page", "svg"]
-
-# Each chart's metric, its name, the unit of its axis, and a value to draw a dashed line at.
-PANELS: tuple[tuple[str, str, str, float | None], ...] = (
-    ("score", "Proxy: the reward model's score", "standard deviations", None),
-    ("gold", "Gold: the true preference (dashed: the optimum)", "mean tone, less 1 if malformed", 1.0),
-    ("kl", "KL of the policy from the reference", "nats a response", None),
-    ("entropy", "Entropy of the policy", "nats a token", None),
-    ("explained_variance", "Critic: explained variance of the returns", "share", 0.0),
-    ("clip_fraction", "Tokens whose update was clipped", "share", None),
-    ("eos_rate", "Responses that ended by themselves", "share", None),
-    ("response_length", "Response length", "tokens", None),
-)
+PANELS = {  # what each metric's chart is called, with its unit
+    "score": "Proxy: the reward model's score, in standard deviations",
+    "gold": "Gold: the true preference, of which 1 is the optimum",
+    "kl": "KL of the policy from the reference, in nats a response",
+    "entropy": "Entropy of the policy, in nats a token",
+    "explained_variance": "Critic: explained variance of the returns, a share",
+    "clip_fraction": "Tokens whose update was clipped, a share",
+    "eos_rate": "Responses that ended by themselves, a share",
+    "response_length": "Response length, in tokens",
+}
 Rows = Sequence[Mapping[str, float]]
-W, H, LEFT, RIGHT, TOP, BOTTOM = 460, 250, 58, 12, 10, 42  # of a chart and its margins, in pixels
-STYLE = """
-:root{color-scheme:light dark;--ink:#1f2328;--soft:#59636e;--grid:#d8dee4;--page:#fff;
---c0:#0b62c4;--c1:#b3541e;--c2:#1a7f37;--c3:#8250df;--c4:#9a6700;--c5:#c1121f}
-@media(prefers-color-scheme:dark){:root{--ink:#e6edf3;--soft:#9198a1;--grid:#30363d;--page:#0d1117;
---c0:#58a6ff;--c1:#f0883e;--c2:#3fb950;--c3:#bc8cff;--c4:#d29922;--c5:#ff7b72}}
-body{background:var(--page);color:var(--ink);font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:960px;
-padding:0 1rem}h1{font-size:1.4rem;margin:0}p{color:var(--soft);margin:.3rem 0 1rem}figcaption{font-weight:600}
+COLORS = ("#2f81f7", "#d9622b", "#2e9e4f", "#9a6ae0", "#b07d00", "#e0475b")  # seen on white and on black
+LEFT, RIGHT, TOP, BOTTOM = 50, 450, 10, 210  # edges of the plot, in a picture of 460 by 240 pixels
+STYLE = """:root{color-scheme:light dark}body{font:15px/1.5 system-ui;margin:2rem auto;max-width:960px;padding:0 1rem}
 main{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:1.2rem}figure{margin:0}
-svg{width:100%;height:auto}text{fill:var(--soft);font-size:12px}.grid{stroke:var(--grid)}
-.line{stroke:var(--soft);stroke-dasharray:5 4}.run{fill:none;stroke-width:1.7;stroke-linejoin:round;opacity:.85}
-b{margin-right:1.2rem;white-space:nowrap}
-"""
+svg{width:100%;font-size:12px;fill:currentColor}path{fill:none;stroke-width:1.7}.grid{stroke:#8884;stroke-width:1}
+b{margin-right:1.2rem;white-space:nowrap}"""
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers that hold the range."""
-    power = 10 ** math.floor(math.log10((high - low) / 5))
-    step = next(m * power for m in (1, 2, 5, 10) if m * power >= (high - low) / 5)
-    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
-
-def svg(runs: Mapping[str, Rows], metric: str, title: str, unit: str, line: float | None = None) -> str:
+def svg(runs: Mapping[str, Rows], metric: str) -> str:
     """The metric over the iterations, one colour a run; what is not finite is left out. "" for nothing to show."""
-    points = [
-        [(r["step"], r[metric]) for r in rows if math.isfinite(r.get(metric, math.nan))] for rows in runs.values()
-    ]
-    steps, shown = ([p[i] for run in points for p in run] for i in (0, 1))
-    if not shown:
+    lines = [[(r["step"], r[metric]) for r in rows if math.isfinite(r.get(metric, math.nan))] for rows in runs.values()]
+    x, y = ([point[i] for line in lines for point in line] for i in (0, 1))
+    if not x:
         return ""
-    first, last = min(steps), max(*steps, min(steps) + 1)
-    low, high = (f([*shown, *([] if line is None else [line])]) for f in (min, max))
-    ticks = _ticks(low, high if high > low else low + 1)
-
-    def at(x: float, y: float) -> str:
-        right, down = (x - first) / (last - first), (ticks[-1] - y) / (ticks[-1] - ticks[0])
-        return f"{LEFT + right * (W - LEFT - RIGHT):.1f} {TOP + down * (H - TOP - BOTTOM):.1f}"
-
-    def text(x: object, y: object, what: object, more: str = "") -> str:
-        return f'<text x="{x}" y="{y}" text-anchor="middle" {more}>{what}</text>'
-
-    parts = [f'<path class="grid" d="M{at(first, y)}L{at(last, y)}"/>' for y in ticks]
-    parts += [text(LEFT - 24, at(first, y).split()[1], f"{y:.4g}", 'dy="4"') for y in ticks]
-    parts += [text(at(x, 0).split()[0], H - BOTTOM + 16, f"{x:.4g}") for x in _ticks(first, last) if first <= x <= last]
-    parts += [] if line is None else [f'<path class="line" d="M{at(first, line)}L{at(last, line)}"/>']
-    for color, run in enumerate(points):
-        path = "L".join(at(*p) for p in run) or "0 0"
-        parts.append(f'<path class="run" style="stroke:var(--c{color % 6})" d="M{path}"/>')
-    parts += [
-        text((LEFT + W) / 2, H - 6, "PPO iteration"),
-        text(-(H - BOTTOM) / 2, 14, unit, 'transform="rotate(-90)"'),
-    ]
-    return f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    (first, last), (low, high) = ((min(z), max(z) if max(z) > min(z) else min(z) + 1) for z in (x, y))
+    wide, tall = (RIGHT - LEFT) / (last - first), (TOP - BOTTOM) / (high - low)  # pixels of a unit
+    across = [(first + i * (last - first) / 4, LEFT + i * (RIGHT - LEFT) / 4) for i in range(5)]
+    up = [(low + i * (high - low) / 4, BOTTOM + i * (TOP - BOTTOM) / 4) for i in range(5)]
+    parts = [f'<path class="grid" d="M{LEFT} {at}H{RIGHT}"/>' for _, at in up]
+    parts += [f'<text x="{LEFT - 6}" y="{at + 4}" text-anchor="end">{value:.3g}</text>' for value, at in up]
+    parts += [f'<text x="{at}" y="{BOTTOM + 20}" text-anchor="middle">{value:.4g}</text>' for value, at in across]
+    for i, line in enumerate(lines):
+        points = (f"{LEFT + (a - first) * wide:.1f} {BOTTOM + (b - low) * tall:.1f}" for a, b in line)
+        parts += [f'<path class="run" stroke="{COLORS[i % 6]}" d="M{"L".join(points)}"/>'] if line else []
+    return f'<svg viewBox="0 0 460 240" role="img" aria-label="{escape(metric)}">{"".join(parts)}</svg>'
 
 
 def page(title: str, note: str, runs: Mapping[str, Rows]) -> str:
     """The page: `runs` are rows of metrics by the run's name. A metric that no row has gets no chart."""
-    names = (f'<b style="color:var(--c{i % 6})">{escape(name)}</b>' for i, name in enumerate(runs))
-    charts = ((panel[1], svg(runs, *panel)) for panel in PANELS)
+    names = (f'<b style="color:{COLORS[i % 6]}">{escape(name)}</b>' for i, name in enumerate(runs))
+    charts = ((name, svg(runs, metric)) for metric, name in PANELS.items())
     figures = (f"<figure><figcaption>{escape(name)}</figcaption>{chart}</figure>" for name, chart in charts if chart)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1>"
-        f"<p>{escape(note)}</p><p>{' '.join(names)}</p><main>{''.join(figures)}</main></body></html>\n"
-    )
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width,initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style>
+</head><body><h1>{escape(title)}</h1><p>{escape(note)} The horizontal axis counts PPO iterations.</p>
+<p>{"".join(names)}</p><main>{"".join(figures)}</main></body></html>\n"""

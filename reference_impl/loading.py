@@ -1,23 +1,17 @@
 """Models and prompts from disk: any Hugging Face causal language model and reward model that share a tokenizer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+import transformers as hf
 from torch import Tensor
 
 from reference_impl import roles
 from reference_impl.roles import Models
 from reference_impl.rollout import encode_prompts
-
-__all__ = ["Unusable", "load_models", "load_prompts"]
-
-hf: Any = transformers  # its constructors are not annotated
 
 
 class Unusable(ValueError):
@@ -60,22 +54,19 @@ def _assert_plain(model: Any, folder: Path, read: Callable[[Tensor, Tensor], Ten
 
 def load_models(policy: Path, reward: Path, value: Path | None = None, tokenizer: Path | None = None) -> Models:
     """Policy, reward model and critic from their folders, the tokenizer from the policy's if there is no other.
-
     The reference is a frozen copy of the policy; without `value` the critic is one of the reward model. Raises
-    Unusable for what is not there, is not such a model, or was trained with another tokenizer.
-    """
+    Unusable for what is not there, is not such a model, or was trained with another tokenizer."""
     answers = _load(hf.AutoModelForCausalLM, policy, "causal language model")
     scores = roles.freeze(_load(hf.AutoModelForSequenceClassification, reward, "reward model"))
     if scores.num_labels != 1:
         raise Unusable(f"the reward model in {reward} gives {scores.num_labels} numbers a response, not one")
     _assert_plain(answers, policy, lambda *x: answers.get_output_embeddings()(roles.hidden_states(answers, *x)))
     _assert_plain(scores, reward, lambda *x: roles.scalars(scores, *x))
-    critic_type = hf.AutoModelForTokenClassification
-    critic = (
-        _load(critic_type, value, "critic of one value a token")
-        if value
-        else roles.critic_from_reward(scores, critic_type.from_config(scores.config, dtype=torch.float32))
-    )
+    if value:
+        critic = _load(hf.AutoModelForTokenClassification, value, "critic of one value a token")
+    else:
+        critic = hf.AutoModelForTokenClassification.from_config(scores.config, dtype=torch.float32)
+        critic = roles.critic_from_reward(scores, critic)
     words = _load_tokenizer(tokenizer or policy)
     for folder in (x for x in (policy, reward, value) if x and (x / "tokenizer_config.json").exists()):
         if _load_tokenizer(folder).get_vocab() != words.get_vocab():
@@ -85,19 +76,15 @@ def load_models(policy: Path, reward: Path, value: Path | None = None, tokenizer
 
 def load_prompts(file: Path, models: Models, response_length: int) -> list[str]:
     """The file's prompts: one a line, or in a .jsonl file one object with "prompt" a line.
-
-    Raises Unusable where there is none, or one that with its response is longer than a model's context.
-    """
+    Raises Unusable where there is none, or one that with its response is longer than a model's context."""
     try:
         lines = [line for line in file.read_text().splitlines() if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if file.suffix == ".jsonl" else lines
         if not prompts:
             raise ValueError("there is no prompt to answer")
         roles.check_models(models, encode_prompts(models.tokenizer, prompts)[0], response_length)
-    except OSError as error:
-        raise Unusable(f"the prompts {file} cannot be read: {error.strerror}") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise Unusable(f'{file} must have one JSON object with "prompt" a line') from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise Unusable(f"{error} (prompts: {file})") from error
     return prompts

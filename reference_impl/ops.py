@@ -8,33 +8,10 @@ Sources: [PPO] https://arxiv.org/abs/1707.06347, [GAE] https://arxiv.org/abs/150
 [N+] https://arxiv.org/abs/2403.17031.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-__all__ = [
-    "bradley_terry_loss",
-    "clip_fraction",
-    "clipped_policy_loss",
-    "clipped_value_loss",
-    "entropy",
-    "exact_kl",
-    "explained_variance",
-    "gae",
-    "k1",
-    "k2",
-    "k3",
-    "logprobs",
-    "masked_mean",
-    "masked_var",
-    "pool_last",
-    "shaped_rewards",
-    "token_logprobs",
-    "whiten",
-]
 
 CHUNK_ELEMENTS = 1 << 25  # logits held at once by token_logprobs: 128 MiB in float32
 
@@ -46,20 +23,16 @@ def _assert_alike(*tensors: Tensor, mask: Tensor) -> None:
         assert x.is_floating_point(), f"dtype must be floating, not {x.dtype}"
 
 
-# ---- log-probabilities ---------------------------------------------------------------------------------------------
-
-
+# ---- log-probabilities ----
 def logprobs(logits: Tensor, a: Tensor, temperature: float = 1.0) -> Tensor:
     """log π(a_t | s_t) = z_t[a_t] - log Σ_v exp z_t[v], with z = logits / temperature.
-
     logits (..., T, V) and a (..., T) int → (..., T), in float32 or wider. The temperature is the sampling one, so that
-    this is the distribution the tokens came from ([N+]).
-    """
+    this is the distribution the tokens came from ([N+])."""
     assert logits.shape[:-1] == a.shape, (logits.shape, a.shape)
     assert temperature > 0, temperature
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = z if temperature == 1 else z / temperature
-    return z.gather(-1, a[..., None])[..., 0] - z.logsumexp(-1)
+    return -F.cross_entropy(z.flatten(0, -2), a.flatten(), reduction="none").view(a.shape)
 
 
 def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -72,10 +45,8 @@ def token_logprobs(
     hidden: Tensor, head: nn.Linear, a: Tensor, temperature: float = 1.0, chunk_elements: int = CHUNK_ELEMENTS
 ) -> Tensor:
     """`logprobs(head(hidden), a)` with at most about `chunk_elements` logits alive at once.
-
     hidden (B, T, D), a (B, T) int → (B, T). Long inputs are cut along T and each piece's logits are computed again in
-    the backward pass; a short input is one piece and is not.
-    """
+    the backward pass; a short input is one piece and is not."""
     assert hidden.dim() == 3, hidden.shape
     assert hidden.shape[:-1] == a.shape, (hidden.shape, a.shape)
     width = max(1, chunk_elements // (hidden.shape[0] * head.weight.shape[0]))
@@ -89,9 +60,7 @@ def token_logprobs(
     return torch.cat([checkpoint(piece, h, tokens, use_reentrant=False) for h, tokens in pieces], 1)
 
 
-# ---- Kullback-Leibler divergence ---------------------------------------------------------------------------------
-
-
+# ---- Kullback-Leibler divergence ----
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """k1 = log π(a)/π_ref(a), a ~ π: unbiased for KL(π ‖ π_ref), of either sign. [KL]"""
     return logp - ref_logp
@@ -115,14 +84,10 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Te
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
-# ---- rewards and advantages --------------------------------------------------------------------------------------
-
-
+# ---- rewards and advantages ----
 def pool_last(x: Tensor, mask: Tensor) -> Tensor:
     """x[b, max{t : mask[b, t]}]: each row at its last real position; x and mask (B, T) → (B,).
-
-    Raises ValueError for a row without a real position.
-    """
+    Raises ValueError for a row without a real position."""
     _assert_alike(x, mask=mask)
     if not bool(mask.any(1).all()):
         raise ValueError(f"rows {(~mask.any(1)).nonzero().flatten().tolist()} have no real position to read a score at")
@@ -132,9 +97,7 @@ def pool_last(x: Tensor, mask: Tensor) -> Tensor:
 
 def shaped_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """r_t = -β kl_t + [t = last] score: a KL penalty at every token, the score at the last one ([N+]).
-
-    score (B,), kl and mask (B, T) → (B, T), zero outside the mask.
-    """
+    score (B,), kl and mask (B, T) → (B, T), zero outside the mask."""
     _assert_alike(kl, mask=mask)
     assert score.shape == mask.shape[:1], (score.shape, mask.shape)
     last = mask & ~F.pad(mask[:, 1:], (0, 1))  # masks are a run of true, so its end is where the next is false
@@ -143,9 +106,7 @@ def shaped_rewards(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 
 def gae(r: Tensor, v: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     """A_t = Σ_{l≥0} (γλ)^l δ_{t+l} with δ_t = r_t + γ V(s_{t+1}) - V(s_t) and V = 0 after the last token. [GAE, eq. 16]
-
-    r, v and mask (B, T) → (B, T), zero outside the mask. The returns are A + v.
-    """
+    r, v and mask (B, T) → (B, T), zero outside the mask. The returns are A + v."""
     _assert_alike(r, v, mask=mask)
     r, v = r.masked_fill(~mask, 0), v.masked_fill(~mask, 0)
     delta = r + gamma * F.pad(v[:, 1:], (0, 1)) - v
@@ -156,9 +117,7 @@ def gae(r: Tensor, v: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     return torch.stack(columns[::-1], 1).masked_fill(~mask, 0)
 
 
-# ---- masked statistics -------------------------------------------------------------------------------------------
-
-
+# ---- masked statistics ----
 def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """Σ mask·x / n over all B × T slots; n is the mask's sum, or `count`, a larger batch's, when x is a part of it."""
     _assert_alike(x, mask=mask)
@@ -185,16 +144,12 @@ def explained_variance(v: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - masked_var(returns - v, mask) / masked_var(returns, mask)
 
 
-# ---- losses ------------------------------------------------------------------------------------------------------
-
-
+# ---- losses ----
 def clipped_policy_loss(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float, count: Tensor | float | None = None
 ) -> Tensor:
     """-E_t[min(ρ_t A_t, clip(ρ_t, 1-ε, 1+ε) A_t)] with ρ_t = π(a_t|s_t)/π_old(a_t|s_t). [PPO, eq. 7]
-
-    All (B, T) → scalar, the mean over the mask's tokens (or `count`, see masked_mean).
-    """
+    All (B, T) → scalar, the mean over the mask's tokens (or `count`, see masked_mean)."""
     _assert_alike(logp, old_logp, advantage, mask=mask)
     A, ratio = advantage.masked_fill(~mask, 0), (logp - old_logp).masked_fill(~mask, 0).exp()
     return masked_mean(-torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A), mask, count)
@@ -213,9 +168,7 @@ def clipped_value_loss(
     v: Tensor, old_v: Tensor, returns: Tensor, mask: Tensor, epsilon: float, count: Tensor | float | None = None
 ) -> Tensor:
     """½ E_t[max((V_t - R_t)², (clip(V_t, V_old,t - ε, V_old,t + ε) - R_t)²)]. [N+]
-
-    All (B, T) → scalar, the mean over the mask's tokens (or `count`, see masked_mean).
-    """
+    All (B, T) → scalar, the mean over the mask's tokens (or `count`, see masked_mean)."""
     _assert_alike(v, old_v, returns, mask=mask)
     old_v, returns = old_v.masked_fill(~mask, 0), returns.masked_fill(~mask, 0)
     clipped = v.clamp(old_v - epsilon, old_v + epsilon)
@@ -224,10 +177,8 @@ def clipped_value_loss(
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, center_coef: float = 0.0) -> Tensor:
     """-E[log σ(r_chosen - r_rejected)] + c E[(r_chosen + r_rejected)²]. [BT, eq. 1]
-
     Scores (B,) and (B,) → scalar. The likelihood is blind to a constant added to every score; the second term, from
-    https://arxiv.org/abs/2312.09244, holds the scores around 0.
-    """
+    https://arxiv.org/abs/2312.09244, holds the scores around 0."""
     assert chosen.dim() == 1, chosen.shape
     assert chosen.shape == rejected.shape, (chosen.shape, rejected.shape)
     return -F.logsigmoid(chosen - rejected).mean() + center_coef * (chosen + rejected).square().mean()

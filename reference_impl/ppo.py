@@ -14,8 +14,6 @@ Departures from the papers:
 - gradients are clipped to norm 1, for each model by itself; the learning rate is constant ([N+] decays it).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +25,6 @@ from torch import Tensor
 from reference_impl import ops, roles, scale
 from reference_impl.roles import Models
 from reference_impl.rollout import Rollout, encode_prompts, sample, score
-
-__all__ = ["AdaptiveKL", "FixedKL", "Parts", "Settings", "make_optimizers", "ppo_step"]
 
 # What is reported of every update; the first five are sums over processes.
 NAMES = ("policy_loss", "value_loss", "approx_kl", "clip_fraction", "ratio", "policy_grad_norm", "value_grad_norm")
@@ -77,22 +73,22 @@ class Parts:
     value_loss: Callable[..., Tensor] = ops.clipped_value_loss
 
 
+@dataclass
 class FixedKL:
     """The same KL coefficient for ever."""
 
-    def __init__(self, coef: float) -> None:
-        self.coef = coef
+    coef: float
 
     def update(self, kl: float, samples: int) -> None:
         """Nothing: kl is the mean KL of a sequence in nats, `samples` how many were drawn."""
 
 
+@dataclass
 class AdaptiveKL(FixedKL):
     """β ← β (1 + clip(KL/target - 1, -0.2, 0.2) · samples / horizon). [Ziegler]"""
 
-    def __init__(self, coef: float, target: float, horizon: int) -> None:
-        super().__init__(coef)
-        self.target, self.horizon = target, horizon
+    target: float
+    horizon: int
 
     def update(self, kl: float, samples: int) -> None:
         """kl: the mean KL of a sequence in nats; samples: how many sequences were drawn since the last update."""
@@ -135,13 +131,9 @@ def ppo_step(
     parts: Parts = Parts(),
 ) -> dict[str, float]:
     """One whole iteration: rollout and every update, on these models in place. Returns the iteration's metrics.
-
     Draws prompts, tokens and minibatches from torch's global generator. Raises FloatingPointError before an update
-    with a loss or a gradient that is not finite, and ValueError for models that cannot read these prompts.
-    """
-    policy, reference, reward, value, tokenizer = (
-        models.policy, models.reference, models.reward, models.value, models.tokenizer,
-    )  # fmt: skip
+    with a loss or a gradient that is not finite, and ValueError for models that cannot read these prompts."""
+    policy, reference, reward, value, tokenizer = (getattr(models, role) for role in (*roles.ROLES, "tokenizer"))
     precision = partial(scale.autocast, policy.device, s.dtype)
 
     # 1. Draw prompts and let the policy answer.
@@ -149,10 +141,8 @@ def ppo_step(
     prompt, prompt_mask = (x.to(policy.device) for x in encode_prompts(tokenizer, drawn))  # (B, P) each
     roles.check_models(models, prompt, s.response_length)
     with precision():
-        rollout = parts.sample(
-            policy, prompt, prompt_mask, T=s.response_length, temperature=s.temperature,
-            eos=tokenizer.eos_token_id, pad=tokenizer.pad_token_id,
-        )  # fmt: skip
+        special = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        rollout = parts.sample(policy, prompt, prompt_mask, T=s.response_length, temperature=s.temperature, **special)
     ids, attention, mask = rollout.ids, rollout.attention_mask, rollout.mask  # (B, P+T), (B, P+T), (B, T)
     T = mask.shape[1]
 
@@ -197,9 +187,9 @@ def ppo_step(
 
     # 7. Update both models once a minibatch. Losses are means over its tokens, in however many pieces and processes.
     updates = list[Tensor]()  # of NAMES each
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     for minibatch in (minibatch for epoch in epochs for minibatch in epoch):
-        for optimizer in optimizers:
-            optimizer.zero_grad()
         count = scale.all_sum(mask[torch.cat(minibatch)].sum())
         sums = torch.zeros(5, dtype=torch.float64, device=ids.device)
         for rows in minibatch:  # (b,)
@@ -220,12 +210,11 @@ def ppo_step(
         update = torch.cat([scale.all_sum(sums), sums.new_tensor(norms)])
         if not bool(update[[0, 1, 5, 6]].isfinite().all()):
             told = ", ".join(f"{name.replace('_', ' ')} {x}" for name, x in zip(NAMES, update.tolist(), strict=True))
-            raise FloatingPointError(told)
+            raise FloatingPointError(f"stopped before an update that is not finite: {told}")
         for optimizer in optimizers:
             optimizer.step()
+            optimizer.zero_grad()
         updates.append(update)
-    for optimizer in optimizers:
-        optimizer.zero_grad()
 
     # 8. Adapt the KL coefficient, and report: means over the updates, and the rollout as it was before them.
     sequence_kl = kl.sum(1).mean().item()

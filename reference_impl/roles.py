@@ -8,10 +8,7 @@
 | value | decoder, started from the reward model | one scalar at every token | yes |
 """
 
-from __future__ import annotations
-
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +17,7 @@ from torch import Tensor, nn
 
 from reference_impl import ops, scale
 
-__all__ = [
-    "Models",
-    "check_models",
-    "critic_from_reward",
-    "frozen_copy",
-    "hidden_states",
-    "positions",
-    "response_logprobs",
-    "scalar_head",
-    "scalars",
-]
+ROLES = ("policy", "reference", "reward", "value")
 
 
 @dataclass(frozen=True)
@@ -56,26 +43,20 @@ def frozen_copy(model: Any) -> Any:
 
 def check_models(models: Models, prompt: Tensor, T: int) -> None:
     """Raises ValueError for what cannot read prompt ids (B, P) and T tokens more, and says why."""
-    drawn = models.policy.get_input_embeddings().weight.shape[0]
-    for role in ("policy", "reference", "reward", "value"):
-        model, length = getattr(models, role), prompt.shape[1] + T
-        tokens, context = (
-            model.get_input_embeddings().weight.shape[0],
-            getattr(model.config, "max_position_embeddings", 0),
-        )
+    drawn, P = models.policy.get_input_embeddings().weight.shape[0], prompt.shape[1]
+    for role in ROLES:
+        model = getattr(models, role)
+        tokens = model.get_input_embeddings().weight.shape[0]
+        context = getattr(model.config, "max_position_embeddings", 0)
         if tokens <= int(prompt.max()) or tokens < drawn:
             raise ValueError(f"the {role} model reads {tokens} tokens, the policy {drawn}: not one vocabulary")
-        if 0 < context < length:
-            raise ValueError(
-                f"prompts of {prompt.shape[1]} tokens and {T} more do not fit the {role} model's context of {context}"
-            )
+        if 0 < context < P + T:
+            raise ValueError(f"prompts of {P} tokens and {T} more do not fit the {role} model's context of {context}")
 
 
 def critic_from_reward(reward: Any, token_classifier: Any) -> Any:
     """`token_classifier` with the reward model's body and head; so V(s) starts as the score of the prefix s ([N+]).
-
-    Its head may have a bias, which is set to 0. It stays trainable, in eval mode, since dropout is off in PPO.
-    """
+    Its head may have a bias, which is set to 0. It stays trainable, in eval mode, since dropout is off in PPO."""
     token_classifier.base_model.load_state_dict(reward.base_model.state_dict())
     head = scalar_head(token_classifier)
     with torch.no_grad():
@@ -95,18 +76,17 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """The body's last hidden states: ids and mask (B, L) → (B, L, D); at masked positions those of some other one.
-
+def hidden_states(model: Any, ids: Tensor, attention_mask: Tensor, T: int | None = None) -> Tensor:
+    """The body's last hidden states at the last T tokens, or all: ids and mask (B, L) → (B, T, D).
     A row's real tokens are one run. They are moved to the left edge, and rows cut to the longest: what follows a token
-    is hidden from it anyway, so attention needs no mask of its own, and padding costs what it must and no more.
-    """
+    is hidden from it anyway, so attention needs no mask of its own, and padding costs what it must and no more. At
+    masked positions the states are those of some other one."""
     column, start = torch.arange(ids.shape[1], device=ids.device), attention_mask.argmax(1, keepdim=True)
     L = int(attention_mask.sum(1).max())
     moved = ids.gather(1, (column[:L] + start).clamp(max=ids.shape[1] - 1))  # (B, L)
     hidden: Tensor = model.base_model(input_ids=moved, use_cache=False).last_hidden_state  # (B, L, D)
-    back = (column - start).clamp(0, L - 1) + L * torch.arange(len(ids), device=ids.device)[:, None]
-    return hidden.flatten(0, 1).index_select(0, back.flatten()).view(*ids.shape, -1)
+    back = (column[-(T or 0) :] - start).clamp(0, L - 1) + L * torch.arange(len(ids), device=ids.device)[:, None]
+    return hidden.flatten(0, 1).index_select(0, back.flatten()).view(*back.shape, -1)
 
 
 @scale.forward
@@ -118,13 +98,8 @@ def scalars(model: Any, ids: Tensor, attention_mask: Tensor) -> Tensor:
     return out.squeeze(-1).clone()
 
 
-def cache_name(model: Any) -> str:
-    """What the body calls its key-value cache: transformers renamed past_key_values to cache in 5.24."""
-    return "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
-
-
 @scale.forward
 def response_logprobs(model: Any, ids: Tensor, attention_mask: Tensor, T: int, temperature: float) -> Tensor:
     """log π of the last T of ids (B, P+T) → (B, T). The token at position p is predicted from position p-1."""
-    hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1])[:, -T:]
+    hidden = hidden_states(model, ids[:, :-1], attention_mask[:, :-1], T)
     return ops.token_logprobs(hidden, model.get_output_embeddings(), ids[:, -T:], temperature)

@@ -6,8 +6,6 @@ it. So statistics over the batch need no communication, and no result depends on
 Source: https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -19,16 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 
 
 def start(device: str | None = None) -> torch.device:
     """Joins the processes that `torchrun` started, if it did; returns this one's device, a GPU where there is one."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    here = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
+    kind, here = device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.device("cpu")
     if kind == "cuda":
-        torch.cuda.set_device(here)
+        torch.cuda.set_device(here := torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if kind == "cuda" else "gloo")
     return here
@@ -52,29 +50,27 @@ def rank() -> int:
 
 def shard(model: Any) -> Any:
     """The model itself, its parameters divided among the processes: each decoder layer by itself, and all the rest.
-
     Nothing happens with one process. Optimizers are made afterwards; and only a function wrapped in `forward` may then
-    call the model: all of roles.py but hidden_states is. Weights go between two sharded models by their state dicts.
-    """
+    call the model: all of roles.py but hidden_states is. Weights go between two sharded models by their state dicts."""
     if world() > 1 and not isinstance(model, FSDPModule):
         mesh = init_device_mesh(model.device.type, (world(),))
-        for layer in next(x for x in model.base_model.modules() if isinstance(x, torch.nn.ModuleList)):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        layers = next(x for x in model.base_model.modules() if isinstance(x, torch.nn.ModuleList))
+        for part in (*layers, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
         type(model).run = lambda self, function, *arguments, **options: function(self, *arguments, **options)
         register_fsdp_forward_method(model, "run")
     return model
 
 
-def forward(function: F) -> F:
+def forward(function: Callable[..., T]) -> Callable[..., T]:
     """function(model, …), which may call the model's body and its head, as one forward call of a sharded model."""
 
     @wraps(function)
-    def call(model: Any, *arguments: Any, **options: Any) -> Any:
+    def call(model: Any, *arguments: Any, **options: Any) -> T:
         run: Any = getattr(model, "run", None) if isinstance(model, FSDPModule) else None
         return run(function, *arguments, **options) if run else function(model, *arguments, **options)
 
-    return call  # type: ignore[return-value]
+    return call
 
 
 @contextmanager
@@ -99,8 +95,19 @@ def backward(loss: Tensor) -> None:
 
 def clip_gradients(model: Any, norm: float) -> float:
     """Scales the gradient of all the model's parameters together to at most `norm`; returns the norm it had."""
-    before: Any = torch.nn.utils.clip_grad_norm_(model.parameters(), norm)
-    return float(before.full_tensor() if hasattr(before, "full_tensor") else before)
+    return float(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), norm)))
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor that may be divided among the processes."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def assign(parameter: Tensor, value: Tensor) -> None:
+    """Gives a parameter, which may be divided among the processes, a value that is whole in each of them."""
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    parameter.copy_(value)
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager[Any]:

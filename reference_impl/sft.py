@@ -1,25 +1,17 @@
 """Supervised fine-tuning: the policy learns the demonstrations' responses, the end of sequence included."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reference_impl import ops, roles
 
-__all__ = ["encode_responses", "finetune", "fit", "sft_loss"]
-
-Example = TypeVar("Example")
-
 
 def encode_responses(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor, Tensor]:
     """Ids, attention mask and response mask (bool), each (B, L), of (prompt, response) padded on the right.
-
-    The end of sequence follows each response and belongs to it.
-    """
+    The end of sequence follows each response and belongs to it."""
     prompts = tokenizer([prompt for prompt, _ in texts])["input_ids"]
     responses = tokenizer([response for _, response in texts], add_special_tokens=False)["input_ids"]
     rows = [p + r + [tokenizer.eos_token_id] for p, r in zip(prompts, responses, strict=True)]
@@ -38,29 +30,19 @@ def sft_loss(policy: Any, tokenizer: Any, texts: Sequence[tuple[str, str]]) -> T
 
 
 def fit(
-    model: Any,
-    loss_of: Callable[[Sequence[Example]], Tensor],
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    learning_rate: float,
-) -> Iterator[float]:
-    """One pass over the examples with Adam; the rate rises over a tenth of it, then falls to 0. Yields the losses."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, betas=(0.9, 0.95))
-    batches = [examples[i : i + batch_size] for i in range(0, len(examples), batch_size)]
+    loss_of: Callable[..., Tensor], model: Any, tokenizer: Any, examples: Sequence[Any], *, size: int, rate: float
+) -> None:
+    """One pass with Adam over the examples, down loss_of(model, tokenizer, batch) for batches of `size`.
+    The learning rate rises to `rate` over a tenth of the pass, then falls to 0."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, betas=(0.9, 0.95))
+    batches = [examples[i : i + size] for i in range(0, len(examples), size)]
     for i, batch in enumerate(batches):
         done = i / len(batches)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min((done + 1 / len(batches)) / 0.1, (1 - done) / 0.9, 1.0)
-        loss: Any = loss_of(batch)
+            group["lr"] = rate * min((done + 1 / len(batches)) / 0.1, (1 - done) / 0.9, 1.0)
+        loss: Any = loss_of(model, tokenizer, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        yield loss.item()
     optimizer.zero_grad()
-
-
-def finetune(policy: Any, tokenizer: Any, texts: Sequence[tuple[str, str]], **how: Any) -> Iterator[float]:
-    """Fits the policy to the demonstrations (prompt, response), `how` being as in `fit`; yields each batch's loss."""
-    return fit(policy, lambda batch: sft_loss(policy, tokenizer, batch), texts, **how)

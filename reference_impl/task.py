@@ -6,13 +6,9 @@ draw adjectives of every tone alike, so supervised fine-tuning scores about 0, a
 Pure Python; every draw comes from the generator that is passed in.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from random import Random
-
-__all__ = ["OPTIMUM", "RESPONSE_LENGTH", "demonstrations", "gold_score", "preference_pairs", "prompts", "vocabulary"]
 
 _NOUNS = "fox cat dog owl tree river house garden boat bridge song train lake town horse child"
 _ADJECTIVES = {
@@ -72,9 +68,7 @@ def demonstrations(count: int, rng: Random) -> list[tuple[str, str]]:
 
 def gold_score(prompt: str, response: str) -> float:
     """The true preference: mean tone of the response's adjectives in [-1, 1], less 1 if it is not well formed.
-
-    Well formed means: `the NOUN is LIST .`, perhaps followed by `it is LIST .`, about the prompt's noun.
-    """
+    Well formed means: `the NOUN is LIST .`, perhaps followed by `it is LIST .`, about the prompt's noun."""
     words = response.split()
     tones = [TONE[word] for word in words if word in TONE]
     match = _ANSWER.fullmatch(" ".join(words))
@@ -84,9 +78,7 @@ def gold_score(prompt: str, response: str) -> float:
 
 def preference_pairs(count: int, rng: Random, *, noise: float = 0.0) -> list[tuple[str, str, str]]:
     """`count` triples (prompt, chosen, rejected): two answers of one shape, so of equal length, and unequal gold score.
-
-    The annotator is Bradley and Terry's: the better answer is chosen with probability σ(difference in gold / noise).
-    """
+    The annotator is Bradley and Terry's: the better answer is chosen with probability σ(difference in gold / noise)."""
     asked, pairs = prompts(), list[tuple[str, str, str]]()
     while len(pairs) < count:
         prompt, shape = rng.choice(asked), _shape(rng)

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from reference_impl import ppo, rollout, scale, setup, task
+from reference_impl import ppo, reward_modeling, rollout, scale, setup, task
 
 
 def full(x):
@@ -17,7 +17,7 @@ def full(x):
 
 
 def run(weights="float64", tied=False, iterations=2, disturb=None, **settings):
-    """Metrics, the first update's gradients, the weights after the last, the drawn ids, and the generator's state.
+    """Metrics, the first update's gradients, the weights after the last, normalized scores, the drawn ids, and more.
 
     `weights` is the models' dtype; `disturb` changes each rollout before it is used.
     """
@@ -47,8 +47,11 @@ def run(weights="float64", tied=False, iterations=2, disturb=None, **settings):
         optimizer.register_step_pre_hook(keep)
     torch.manual_seed(0)
     control, parts = ppo.AdaptiveKL(s.kl_coef, target=0.1, horizon=100), ppo.Parts(sample=sample)
+    metrics = [ppo.ppo_step(models, task.prompts(), optimizers, s, control, parts) for _ in range(iterations)]
     return {
-        "metrics": [ppo.ppo_step(models, task.prompts(), optimizers, s, control, parts) for _ in range(iterations)],
+        "metrics": metrics,
+        "scale": reward_modeling.normalize(models.reward, drawn[0]),
+        "scores": rollout.score(models.reward, drawn[0]),
         "gradients": gradients,
         "weights": {f"{role} {name}": full(x) for role, m in trained.items() for name, x in m.named_parameters()},
         "drawn": drawn,

@@ -73,7 +73,7 @@ def test_other_settings_are_refused(on_disk, unbroken):
 
 def test_only_the_newest_state_is_kept(on_disk, tmp_path):
     pipeline.main(arguments(on_disk("llama"), tmp_path, 4, "--save-every", "1"))
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000004"]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000004.pt"]
 
 
 def in_another_process(body, *given):
@@ -94,49 +94,43 @@ def in_another_process(body, *given):
 def test_killed_while_saving_the_last_good_state_stands(on_disk, unbroken, tmp_path):
     killed = in_another_process(
         """
-        import os, signal
-        from torch.distributed.checkpoint import filesystem
-        from reference_impl import checkpoints
-        save, write, saves, items = checkpoints.save, filesystem._write_item, [], []
+        import os, signal, torch
+        save, saves = torch.save, []
 
-        def counted(*arguments):
-            saves.append(0)
-            save(*arguments)
-
-        def deadly(*arguments, **options):
-            items.extend(saves[1:])
-            if len(items) == 30:
+        def deadly(state, file):
+            saves.append(save(state, file))
+            if len(saves) == 2:
+                file.truncate(file.tell() // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write(*arguments, **options)
 
-        checkpoints.save = counted
-        filesystem._write_item = deadly
+        torch.save = deadly
         """,
         *arguments(on_disk("llama"), tmp_path, 5, "--save-every", "1"),
     )
     assert killed.returncode == -9
     states = sorted(path.name for path in (tmp_path / "state").iterdir())
-    assert states == ["000001", "000002.partial"]
-    assert checkpoints.latest(tmp_path / "state").name == "000001"
+    assert states == ["000001.pt", "000002.partial"]
+    assert checkpoints.latest(tmp_path / "state").name == "000001.pt"
     pipeline.main(arguments(on_disk("llama"), tmp_path, 5, "--resume"))
     assert files(tmp_path) == files(unbroken)
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000005"]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000005.pt"]
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_good_state_stands(on_disk, unbroken, tmp_path, monkeypatch):
     pipeline.main(arguments(on_disk("llama"), tmp_path, 2))
 
-    def full(*_, **__):
+    def full(_, file):
+        file.write(b"the beginning")
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("torch.distributed.checkpoint.filesystem._write_item", full)
+        patch.setattr("torch.save", full)
         with pytest.raises(SystemExit) as stop:
             pipeline.main(arguments(on_disk("llama"), tmp_path, 5, "--resume", "--save-every", "1"))
     (said,) = stop.value.code.splitlines()
     assert "No space left on device" in said
-    assert f"the last good state is {tmp_path / 'state' / '000002'}" in said
-    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002"]
+    assert f"the last good state is {tmp_path / 'state' / '000002.pt'}" in said
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["000002.pt"]
     pipeline.main(arguments(on_disk("llama"), tmp_path, 5, "--resume"))
     assert files(tmp_path) == files(unbroken)
 

@@ -205,30 +205,6 @@ def test_a_row_is_sampled_alike_in_any_batch(models):
     assert torch.equal(one.mask, wider.mask)
 
 
-def with_and_without_static_shapes(policy, prompt, mask, T):
-    drawn = []
-    for graphed in (False, True):
-        torch.manual_seed(0)
-        drawn.append(rollout.sample(policy, prompt, mask, T=T, temperature=1.0, eos=EOS, pad=PAD, graphed=graphed))
-    return drawn
-
-
-def test_static_shapes_give_the_same_tokens(models):
-    prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts()[:8])
-    drawn = with_and_without_static_shapes(models.policy, prompt, mask, T=9)
-    assert torch.equal(drawn[0].ids, drawn[1].ids)
-    assert len(set(drawn[0].mask.sum(1).tolist())) > 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_cuda_graph_gives_the_same_tokens(models):
-    models.policy.double().cuda()
-    prompt, mask = (x.cuda() for x in rollout.encode_prompts(models.tokenizer, task.prompts()[:8]))
-    drawn = with_and_without_static_shapes(models.policy, prompt, mask, T=20)
-    assert torch.equal(drawn[0].ids, drawn[1].ids)
-
-
 def test_models_that_cannot_read_the_prompts_are_named(models):
     prompt, _ = rollout.encode_prompts(models.tokenizer, task.prompts()[:4])
     roles.check_models(models, prompt, 20)

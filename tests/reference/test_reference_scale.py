@@ -51,6 +51,8 @@ def test_two_processes_do_what_one_does(in_two, i):
     assert far(two["weights"], one["weights"]) < tolerance
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
         assert b == pytest.approx(a, rel=20 * tolerance, abs=20 * tolerance)
+    assert two["scale"] == pytest.approx(one["scale"], rel=20 * tolerance)
+    torch.testing.assert_close(two["scores"], one["scores"], rtol=0, atol=100 * tolerance)  # of deviation 1
     assert two["held"] == one["held"] / 2  # each holds half of the policy
 
 

@@ -33,20 +33,10 @@ def test_importing_the_package_loads_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
 
 
-def lines_of_code(text):
-    """Lines that are neither blank nor a comment nor part of a docstring."""
-    told = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            told |= set(range(node.lineno, node.end_lineno + 1))
-    lines = enumerate(text.splitlines(), 1)
-    return sum(bool(line.strip()) and not line.strip().startswith("#") and i not in told for i, line in lines)
-
-
 def test_the_package_stands_alone_and_stays_small():
-    code = {path.name: lines_of_code(path.read_text()) for path in PACKAGE.glob("*.py")}
-    assert sum(code.values()) < 1250
-    assert code["ppo.py"] < 200
+    lines = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert sum(lines.values()) < 1500
+    assert lines["ppo.py"] < 300
     for path in PACKAGE.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
