@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def start(device: str | None = None) -> torch.device:
@@ -62,15 +62,15 @@ def shard(model: Any) -> Any:
     return model
 
 
-def forward(function: Callable[..., T]) -> Callable[..., T]:
+def forward(function: F) -> F:
     """function(model, …), which may call the model's body and its head, as one forward call of a sharded model."""
 
     @wraps(function)
-    def call(model: Any, *arguments: Any, **options: Any) -> T:
+    def call(model: Any, *arguments: Any, **options: Any) -> Any:
         run: Any = getattr(model, "run", None) if isinstance(model, FSDPModule) else None
         return run(function, *arguments, **options) if run else function(model, *arguments, **options)
 
-    return call
+    return call  # type: ignore[return-value]
 
 
 @contextmanager
