@@ -1,0 +1,144 @@
+"""Baselines of groups: the responses to one prompt, and whose scores make each one's advantage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhf_doctor.facts import Unavailable
+from rlhf_doctor.trace.advantage import moved_share, trusted
+from rlhf_doctor.trace.recover import masked
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rlhf_doctor.instruments.tracing import Traced
+    from rlhf_doctor.trace.table import Table
+
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["Baselines", "baselines"]
+
+STILL = 1e-6  # of the largest weight
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """``sums`` holds Σ A / Σ |A| of each group, under the weighting of rows (``weighting``) that brings them nearest 0.
+
+    ``changed`` is the sample whose score was changed, ``mates`` the others of its group and ``moved`` (S,) who moved.
+    """
+
+    groups: list[list[int]]
+    sums: list[float]
+    weighting: str
+    changed: int
+    mates: list[int]
+    moved: Bools
+    advantages: Floats
+
+    @property
+    def still_mates(self) -> list[int]:
+        """Mates that do not move with the changed score, though another sample does."""
+        return [s for s in self.mates if not self.moved[s]]
+
+    @property
+    def strangers(self) -> list[int]:
+        """Samples of other prompts that move with it."""
+        inside = {self.changed, *self.mates}
+        return [int(s) for s in np.flatnonzero(self.moved) if s not in inside]
+
+
+def groups_of(table: Table, size: int | None) -> list[list[int]]:
+    """Samples with one prompt, in the batch's order; a prompt that was drawn twice makes two groups."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    for i, s in enumerate(table.samples):
+        found.setdefault(s.prompt, []).append(i)
+    if not size:
+        return list(found.values())
+    return [rows[i : i + size] for rows in found.values() for i in range(0, len(rows), size)]
+
+
+def baselines(traced: Traced, size: int | None) -> Baselines:
+    """Whether each group's advantages add up to 0, and who answers to a changed score.
+
+    Raises:
+        Unavailable: the groups, or what they are trained with, were not seen.
+    """
+    base = traced.base
+    if not base.has("weight"):
+        raise Unavailable("needs a policy that is trained in the step")
+    groups = [g for g in groups_of(base, size) if trusted(traced)[g].all()]
+    if not any(len(g) > 1 for g in groups):
+        raise Unavailable("needs several responses to a prompt that are trained on in the step")
+    traced.needs("one score")
+    per_row = _advantages(traced)
+    best: tuple[float, str, list[float], Floats] | None = None
+    for name, scale in _weightings(base).items():
+        a = per_row / scale
+        sums = [float(a[g].sum() / (np.abs(a[g]).sum() or 1.0)) for g in groups if np.isfinite(a[g]).all()]
+        worst = max(map(abs, sums), default=np.inf)
+        if sums and (best is None or worst < 0.5 * best[0]):
+            best = worst, name, sums, a
+    if best is None:
+        raise Unavailable("needs one advantage a response, and the policy's gradient shows several")
+    changed = int(np.flatnonzero(traced.experiments.done["one score"].touched)[0])
+    moved = moved_share(traced, "one score") > STILL
+    mates = next((g for g in groups if changed in g), [changed])
+    return Baselines(groups, best[2], best[1], changed, [s for s in mates if s != changed], moved, best[3])
+
+
+def _advantages(traced: Traced) -> Floats:
+    """One weight a response (S,), NaN where its tokens' differ once the KL in the loss is taken out."""
+    base = traced.base
+    weight = masked(base, base["weight"])
+    apart = masked(base, base["logp"] - base["ref_logp"]) if base.has("ref_logp") and base.has("logp") else None
+    plain = np.array([_level(row) for row in weight])
+    if np.isfinite(plain).all() or apart is None:
+        return plain
+    best = plain
+    lengths = np.maximum(base.real.sum(1), 1)[:, None]
+    for scale in (1 / lengths, np.ones_like(lengths, dtype=float)):
+        for gradient in (apart, 1 - np.exp(-apart)):
+            x, y = scale * gradient, weight
+            x0, y0 = (v - np.nanmean(v, axis=1, keepdims=True) for v in (x, y))
+            known = np.isfinite(x0) & np.isfinite(y0)
+            if not known.any() or not (x0[known] ** 2).sum():
+                continue
+            slope = (x0[known] * y0[known]).sum() / (x0[known] ** 2).sum()
+            left = np.array([_level(row) for row in weight - slope * x])
+            if np.isfinite(left).sum() > np.isfinite(best).sum():
+                best = left
+    return best
+
+
+def _level(row: Floats) -> float:
+    seen = row[np.isfinite(row)]
+    if not len(seen):
+        return float("nan")
+    return float(np.median(seen)) if np.ptp(seen) <= 1e-3 * max(float(np.abs(seen).max()), 1e-12) else float("nan")
+
+
+def _weightings(base: Table) -> dict[str, Floats]:
+    """How a row's tokens may be weighted: alike, by the row's length, by the tokens of its minibatch or pass."""
+    lengths = np.maximum(base.real.sum(1), 1).astype(np.float64)
+    windows = base.windows.get("policy", np.zeros(len(lengths), dtype=np.int64))
+    per_window = np.array([lengths[windows == w].sum() for w in windows])
+    rows_of_window = np.array([float((windows == w).sum()) for w in windows])
+    passes = np.full(len(lengths), -1)
+    for placed in base.placed:
+        if placed.call.role == "policy" and placed.call.backwards:
+            rows = np.unique(placed.row_sample[placed.row_sample >= 0])
+            passes[rows[passes[rows] < 0]] = placed.call.nth
+    per_pass = np.array([lengths[passes == p].sum() for p in passes])
+    return {
+        "every token alike": np.ones(len(lengths)),
+        "the mean of each response": 1 / lengths,
+        "the mean of each minibatch": 1 / per_window,
+        "the mean of each minibatch's responses": 1 / (lengths * rows_of_window),
+        "the mean of each pass": 1 / per_pass,
+    }

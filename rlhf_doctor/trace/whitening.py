@@ -1,0 +1,167 @@
+"""How the advantages were whitened: which statistics turn returns − values into what the policy is trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_doctor.trace.advantage import advantages_by_definition, discount, trusted
+from rlhf_doctor.trace.recover import _line, masked
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rlhf_doctor.instruments.tracing import Traced
+
+    Floats = NDArray[np.float64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["Whitening", "whitening"]
+
+STRAIGHT = 2e-3  # misfit over the range: float32 leaves 1e-5
+CLOSE = 1e-2  # of a standard deviation, between the mean that was taken off and the one that should be
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """What was done. ``kind``:
+
+    batch: mean and deviation of all response tokens; minibatch, micro-batch, row: of those of each;
+    none: no mean was taken off; kept: the mean was added back; variance: divided by the variance;
+    other: another number was taken off; unknown: returns − values do not explain the weights.
+    ``taken`` is what was taken off, ``mean`` and ``deviation`` are those of the response tokens.
+    """
+
+    kind: str
+    taken: float
+    mean: float
+    deviation: float
+    count: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    slope: float
+    taken: float
+    misfit: float
+    mean: float
+    count: int
+    rows: int
+
+
+def whitening(traced: Traced, declared: Mapping[str, Any]) -> Whitening:
+    """Which tokens' mean was taken off the advantages, and by what they were divided."""
+    base, made = traced.base, traced.recovered
+    raw = masked(base, made.raw_advantages)
+    weight = masked(base, base["weight"]) / made.row_scale[:, None]
+    seen = np.isfinite(raw) & np.isfinite(weight) & trusted(traced)[:, None]
+    windows = [seen & (base["window"] == w) for w in np.unique(base["window"][seen])]
+    parts = _parts(windows, raw, weight)
+    if not parts:
+        return Whitening("unknown", np.nan, np.nan, np.nan, 0)
+    every = _everywhere(traced, declared, raw)
+    mean, deviation = (np.nan, float(np.std(raw[seen]))) if every is None else (float(every.mean()), float(every.std()))
+    count = int(seen.sum()) if every is None else len(every)
+    if all(p.misfit < STRAIGHT for p in parts):
+        return Whitening(_kind(traced, declared, parts, mean, deviation), parts[0].taken, mean, deviation, count)
+    for kind, places in (("micro-batch", _calls(traced, seen)), ("row", _each_row(seen))):
+        smaller = _parts(places, raw, weight)
+        if len(smaller) > len(parts) and all(
+            p.misfit < STRAIGHT and abs(p.taken - p.mean) < CLOSE * deviation for p in smaller
+        ):
+            return Whitening(kind, smaller[0].taken, mean, deviation, count)
+    return Whitening("unknown", np.nan, mean, deviation, count)
+
+
+def _parts(places: list[Bools], raw: Floats, weight: Floats) -> list[_Part]:
+    """The line through each place's tokens; places of fewer than three tokens say nothing."""
+    found = []
+    for inside in places:
+        x, y = raw[inside], weight[inside]
+        if len(x) < 3 or np.ptp(x) <= 1e-9 or np.ptp(y) <= 0:
+            continue
+        slope, intercept = _line(x, y)
+        misfit = float(np.abs(slope * x + intercept - y).max() / np.ptp(y))
+        taken = -intercept / slope if slope else np.nan
+        found.append(_Part(slope, taken, misfit, float(x.mean()), len(x), int(inside.any(1).sum())))
+    return found
+
+
+def _everywhere(traced: Traced, declared: Mapping[str, Any], raw: Floats) -> Floats | None:
+    """Returns − values of all response tokens of the batch, as measured, else by definition."""
+    real = traced.base.real
+    if np.isfinite(raw[real]).all() and trusted(traced).all():
+        return raw[real]
+    found = discount(traced, "policy")
+    gamma, lam = declared.get("gamma"), declared.get("lam")
+    product = found.product if found.sound else None
+    if not isinstance(gamma, (int, float)) or not isinstance(lam, (int, float)):
+        return None
+    made = advantages_by_definition(
+        traced, declared, product if product is not None else gamma * lam, found.gamma if found.gamma else float(gamma)
+    )
+    return None if made is None else made[real]
+
+
+def _kind(traced: Traced, declared: Mapping[str, Any], parts: list[_Part], mean: float, deviation: float) -> str:
+    def all_near(*wanted: float) -> bool:
+        return all(abs(p.taken - w) < CLOSE * deviation for p, w in zip(parts, wanted, strict=True))
+
+    if np.isfinite(mean) and all_near(*[mean] * len(parts)):
+        return "variance" if _by_variance(traced, parts, deviation) else "batch"
+    if all_near(*[0.0] * len(parts)):
+        return "none"
+    if all_near(*(p.mean for p in parts)):
+        return "minibatch"
+    if not np.isfinite(mean):
+        return "unknown"
+    return "kept" if all_near(*[mean * (1 - deviation)] * len(parts)) else "other"
+
+
+def _by_variance(traced: Traced, parts: list[_Part], deviation: float) -> bool:
+    """Whether 1/slope is the variance, and not the deviation, in the units of some usual denominator of the loss."""
+    rows = len(traced.base.samples)
+    total = int(traced.base.real.sum())
+    width = traced.base.real.shape[1]
+
+    def fits(wanted: float) -> bool:
+        return any(
+            all(abs(1 / (p.slope * n * wanted) - 1) < 2 * CLOSE for p, n in zip(parts, ns, strict=True))
+            for ns in (
+                [p.count for p in parts], [p.rows for p in parts], [p.rows * width for p in parts],
+                [1] * len(parts), [rows] * len(parts), [total] * len(parts),
+            )
+        )  # fmt: skip
+
+    return not fits(deviation) and fits(deviation**2)
+
+
+def _calls(traced: Traced, seen: Bools) -> list[Bools]:
+    """The tokens that were trained in one forward pass, for each."""
+    found: dict[int, Bools] = {}
+    taken = np.zeros(len(seen), dtype=bool)
+    for placed in traced.base.placed:
+        if placed.call.role != "policy" or not placed.call.backwards:
+            continue
+        rows = np.unique(placed.row_sample[placed.row_sample >= 0])
+        rows = rows[~taken[rows]]
+        taken[rows] = True
+        if len(rows):
+            inside = np.zeros_like(seen)
+            inside[rows] = seen[rows]
+            found[placed.call.nth] = inside
+    return list(found.values())
+
+
+def _each_row(seen: Bools) -> list[Bools]:
+    return list(_rows_of(seen))
+
+
+def _rows_of(seen: Bools) -> Iterator[Bools]:
+    for s in np.flatnonzero(seen.any(1)):
+        inside = np.zeros_like(seen)
+        inside[s] = seen[s]
+        yield inside
