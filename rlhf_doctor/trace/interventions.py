@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -69,37 +70,63 @@ class Experiments:
 NOISY = 1e-5  # of a field's range: what reordered sums in float32 give, with a margin of a hundred
 
 
-def conduct(setup: RLHFSetup, temperature: float, seed: int = 0) -> Experiments:
+def conduct(
+    setup: RLHFSetup, temperature: float, seed: int = 0, progress: Callable[[str], None] = lambda _: None
+) -> Experiments:
     """Run the setup's step unchanged, for real, and with one thing changed at a time; restores everything.
 
     Raises:
-        Broken: the unchanged step raises.
+        Broken: the unchanged step raises, or never calls the policy.
     """
+    progress("running the step")
     stepper = Stepper(setup, (temperature, *(temperature * factor for factor in NEARBY)))
     first = stepper.run()
+    _require_policy(first)
     stepper.by_hand = bool(first.moved)
     base = tabulate(first, setup, temperature)
     if stepper.by_hand:
         _first_update_alone(base)
     found = Experiments(base, first, None, None, None, by_hand=stepper.by_hand)
+    progress("running the step with its updates, twice")
     real = stepper.run(hold=False, times=2, may_fail=True)
     found.real = real
     found.repeat = tabulate(real, setup, temperature, samples=base.samples)
     if stepper.by_hand:
         _first_update_alone(found.repeat)
     _second_step(found, real, setup, temperature)
+    if real.error:
+        found.reasons["*"] = f"the step cannot be repeated from the same state: {real.error}"
+        found.reproducible = False
+        found.runs = stepper.runs
+        return found
     found.noise = _noise(base, found.repeat, stepper.by_hand)
     found.reproducible = _same_samples(base, found.repeat, real) and max(found.noise.values(), default=0.0) <= NOISY
     if found.reproducible and base.samples:
         windows = None if stepper.by_hand else _first_epoch(base)
-        _Conductor(setup, temperature, stepper, base, found, windows, seed).all()
+        _Conductor(setup, temperature, stepper, base, found, windows, seed, progress).all()
     elif base.samples:
         found.reasons["*"] = "two runs of the step from the same state differ, so nothing can be told from a changed one"
     else:
         found.reasons["*"] = "no sample was seen: the policy was not called on token ids, or nothing was trained"
-    found.seconds = 0.0
     found.runs = stepper.runs
     return found
+
+
+def _require_policy(first: Run) -> None:
+    """A step must work on the objects of the setup, in this process.
+
+    Raises:
+        Broken: the policy was never called.
+    """
+    if any(call.role == "policy" for call in first.calls):
+        return
+    strangers = any(not roles for _, _, roles in first.steps)
+    what = (
+        "it trains other modules than the setup's: give those very objects"
+        if strangers
+        else "it works in another process, or on a copy: the step must call the setup's own objects in this process"
+    )
+    raise Broken("loop", f"loop: the step never calls the policy on token ids; {what}")
 
 
 def _first_update_alone(table: Table) -> None:
@@ -177,10 +204,10 @@ def _first_update(run: Run) -> float:
 class _Conductor:
     def __init__(
         self, setup: RLHFSetup, temperature: float, stepper: Stepper, base: Table, found: Experiments,
-        windows: int | None, seed: int,
+        windows: int | None, seed: int, progress: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.setup, self.temperature, self.stepper = setup, temperature, stepper
-        self.base, self.found, self.windows = base, found, windows
+        self.base, self.found, self.windows, self.progress = base, found, windows, progress
         self.random = np.random.default_rng(SEED + seed)
         self.shape = base.tokens.shape
         first: dict[tuple[int, ...], int] = {}
@@ -222,6 +249,7 @@ class _Conductor:
         return "the reward model's scores could not be matched to the samples"
 
     def _run(self, name: str, amounts: Floats, touched: Bools, *made: Change, text: Any = None) -> Experiment | None:
+        self.progress(f"running the step with other {name}")
         try:
             run = self.stepper.run(changes=made, last_window=self.windows, text_change=text)
         except Broken as broken:
@@ -283,7 +311,8 @@ class _Conductor:
                 touched |= self.groups == 1
         logits = np.zeros(self.shape)
         if base.has("ref_logp"):
-            pushes = self.random.uniform(0.2, 1.0, self.shape) * self.random.choice([-1.0, 1.0], self.shape)
+            up = np.indices(self.shape).sum(0) % 2 == 0  # both ways, however few tokens there are
+            pushes = self.random.uniform(0.2, 1.0, self.shape) * np.where(up, 1.0, -1.0)
             logits[self.groups == 2] = pushes[self.groups == 2]
             logits = logits[self.twin] * base.real
             if logits.any():
