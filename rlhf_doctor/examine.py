@@ -246,7 +246,7 @@ def examine(
     needs = [name for c in chosen.values() for name in c.needs]
     if options.show:
         needs += SHOWN.get(options.stage, SHOWN[Stage.TRACE])
-    given: dict[str, Any] = {"setup": setup, "options": options}
+    given: dict[str, Any] = {"setup": setup, "options": options, "progress": progress}
     if options.stage is Stage.STATIC:
         outcomes, errors, shown = _run(chosen, needs, Facts(given, options, progress), lambda role: None)
     else:

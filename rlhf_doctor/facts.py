@@ -6,7 +6,7 @@ stands for five facts: ``outputs`` gives ``policy_outputs``, ``reference_outputs
 that names another role fact means that fact of the same role.
 
 The names that the examiner gives itself: ``setup`` (the RLHFSetup), ``options`` (seed, device, dtype), ``models``
-(the live models), ``role``.
+(the live models), ``role``, ``progress`` (to be told of every long part, which gets the time limit anew).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Broken", "Fact", "Unavailable", "fact", "facts", "raised_by_the_setu
 F = TypeVar("F", bound=Callable[..., Any])
 # Tools of the instruments: their classes need torch to be defined, and they hold no facts.
 NEED_TORCH = ("rlhf_doctor.instruments.tapping", "rlhf_doctor.instruments.watching")
-GIVEN = ("setup", "options", "models", "role")
+GIVEN = ("setup", "options", "models", "role", "progress")
 _FACTS: dict[str, Fact] = {}
 
 

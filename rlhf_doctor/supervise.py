@@ -53,7 +53,9 @@ class Ended:
     def sentence(self) -> str:
         """What is to be reported where there is no record."""
         doing = {"starting": "starting up", "loading": "loading the setup"}.get(self.phase, "examining the setup")
-        if self.fact:
+        if self.fact == "traced":
+            doing = "running its training step"
+        elif self.fact:
             doing = f"measuring its {self.fact.replace('_', ' ')}"
         last = f'; the last it printed: "{self.printed}"' if self.printed else ""
         return f"the process {self.how} while {doing}{last}"
@@ -197,7 +199,8 @@ def _heard(ended: Ended, event: Mapping[str, Any], progress: Progress) -> Ended:
         return dataclasses.replace(ended, phase=event["phase"])
     if "measuring" in event:
         role, fact = event["measuring"]
-        progress(f"{role}: {fact.replace('_', ' ')}")
+        fact, _, part = fact.partition(", ")
+        progress(f"{role}: {part or fact.replace('_', ' ')}")
         return dataclasses.replace(ended, role=role, fact=fact)
     return dataclasses.replace(ended, record=event["record"])
 

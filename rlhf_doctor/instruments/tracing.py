@@ -42,12 +42,12 @@ class Traced:
 
 
 @fact(Stage.TRACE)
-def traced(setup: Any, options: Any) -> Traced:
+def traced(setup: Any, options: Any, progress: Any = lambda text: None) -> Traced:
     """Watch one step, and run it again from the same state with one thing changed at a time.
 
     Raises:
         Unavailable: the setup has no step.
-        Broken: the step raises.
+        Broken: the step raises, or trains none of the models that it was given with.
     """
     if setup.step is None:
         raise Unavailable("needs a step (one whole PPO iteration) in the setup")
@@ -56,5 +56,5 @@ def traced(setup: Any, options: Any) -> Traced:
 
     declared = setup.declared.get("temperature", 1.0)
     temperature = float(declared) if isinstance(declared, (int, float)) and declared > 0 else 1.0
-    found = conduct(setup, temperature, options.seed)
+    found = conduct(setup, temperature, options.seed, lambda part: progress(f"setup: traced, {part}"))
     return Traced(found, recover(found, dict(setup.declared)), temperature)

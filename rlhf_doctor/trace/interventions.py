@@ -94,11 +94,8 @@ def conduct(
     if stepper.by_hand:
         _first_update_alone(found.repeat)
     _second_step(found, real, setup, temperature)
-    if real.error:
-        found.reasons["*"] = f"the step cannot be repeated from the same state: {real.error}"
-        found.reproducible = False
-        found.runs = stepper.runs
-        return found
+    if real.error and not real.boundaries:
+        raise Broken("loop", f"{real.error}: it cannot be run again; watch it instead (rlhf-doctor watch)")
     found.noise = _noise(base, found.repeat, stepper.by_hand)
     found.reproducible = _same_samples(base, found.repeat, real) and max(found.noise.values(), default=0.0) <= NOISY
     if found.reproducible and base.samples:
