@@ -1,0 +1,142 @@
+"""What the last token's reward holds besides the score: penalties for texts without an end, and KL of masked slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rlhf_doctor.trace.divergence import VALUES, Divergence, old_logp, reference_logp
+from rlhf_doctor.trace.recover import masked, return_response
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rlhf_doctor.instruments.tracing import Traced
+
+    Floats = NDArray[np.float64]
+    Bools = NDArray[np.bool_]
+
+__all__ = ["Leak", "Surplus", "kl_leak", "surplus"]
+
+NEAR = 0.02  # of a gain
+
+
+@dataclass(frozen=True)
+class Surplus:
+    """Per sample, (S,): what the reward at the last token holds beside the ``score`` and its KL, NaN where unknown."""
+
+    amount: Floats
+    score: Floats
+    ended: Bools
+    slots: NDArray[np.int64]  # after the response
+    decay: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Leak:
+    """Numbers that moved on samples whose reference was moved in masked slots alone, and how many could have.
+
+    ``rewards`` and ``rewards_tokens``: the critic's targets at response tokens; ``gradient``: policy gradient in masked
+    slots, ``gradient_before`` in the unchanged run; ``steady``: reward per masked slot that the unchanged run shows.
+    """
+
+    rewards: float
+    rewards_tokens: int
+    gradient: float
+    gradient_before: float
+    where: str
+    steady: float | None
+    steady_samples: int
+    samples: int
+
+
+def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> Surplus:
+    """Read the reward at the last token of every response off the critic's target there."""
+    base, found = traced.base, traced.recovered
+    lengths = base.real.sum(1)
+    rows, last = np.arange(len(lengths)), np.maximum(lengths - 1, 0)
+    ended = np.array([s.ended for s in base.samples], dtype=bool)
+    wide = declared.get("response_length")
+    wide = wide if isinstance(wide, int) and wide >= base.tokens.shape[1] else base.tokens.shape[1]
+    score = base.scores.copy()
+    clip = declared.get("reward_clip")
+    if isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0:
+        score = np.clip(score, -clip, clip)
+    nothing = np.full(len(lengths), np.nan)
+    moved = traced.experiments.done.get("all scores")
+
+    def said(reason: str) -> Surplus:
+        return Surplus(nothing, score, ended, wide - lengths, found.gamma_lam, reason)
+
+    if moved is None or not np.isfinite(found.returns).any():
+        reasons = traced.experiments.reasons
+        missing = reasons.get("all scores") or found.reasons.get("returns") or reasons.get("*")
+        return said(missing or "the rewards could not be read")
+    response = return_response(found, traced.experiments, moved)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gain = response[rows, last] / np.where(moved.amounts != 0, moved.amounts, np.nan)
+    if traced.experiments.by_hand:
+        gain = np.where(base["value_window"][rows, last] == 0, gain, np.nan)
+    target = found.returns[rows, last]
+    kl = terms.reward.best if terms.reward is not None and terms.reward.there else None
+    if kl is not None and kl.estimator in VALUES:
+        apart = (old_logp(base) - reference_logp(base, kl.temperature))[rows, last]
+        target = target + kl.coefficient * np.where(np.isfinite(apart), VALUES[kl.estimator](apart), 0.0)
+    amount = np.where(np.abs(gain - 1) < NEAR, target - score, np.nan)
+    gamma, decay = found.gamma or declared.get("gamma"), found.gamma_lam
+    if isinstance(gamma, (int, float)) and gamma and decay:  # the score stands in the slot after the last token
+        after = base["value_after"][:, 0] if base.tokens.shape[1] else nothing
+        later = (target - (gamma - decay) * after) / decay - score
+        amount = np.where(np.isfinite(amount) | ~(np.abs(gain - decay) < NEAR), amount, later)
+    if not np.isfinite(amount).any():
+        return said("the scores are scaled or placed elsewhere on their way to the rewards")
+    return Surplus(amount, score, ended, wide - lengths, decay)
+
+
+def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
+    """What the reference does in slots that hold no response token; None where it was not moved there."""
+    moved, base = traced.experiments.done.get("rollout outputs"), traced.base
+    steady, steady_samples = _steady(found)
+    if moved is None:
+        return None
+
+    def still(name: str) -> Bools:
+        away = masked(base, moved.moved(base, name))
+        return ~(np.isfinite(away) & (away != 0)).any(1)
+
+    chosen = moved.touched & still("ref_logp") & still("old_value")
+    response = return_response(traced.recovered, traced.experiments, moved)
+    if traced.experiments.by_hand:
+        response = np.where(base["value_window"] == 0, response, np.nan)
+    inside, others = np.isfinite(response) & chosen[:, None], np.isfinite(response) & ~moved.touched[:, None]
+    largest = float(np.abs(response[inside]).max()) if inside.any() else 0.0
+    common = float(np.abs(response[others]).max()) if others.any() else 0.0
+    best = (0.0, 0.0, "")
+    for where in ("after", "prompt"):
+        now, before = (t.outside.get(f"policy_{where}", np.zeros(len(chosen))) for t in (moved.table, base))
+        grown = float((now - before)[chosen].sum()) if len(now) == len(chosen) == len(before) else 0.0
+        if grown > best[0]:
+            best = grown, float(before[chosen].sum()), "after the response" if where == "after" else "in the prompt"
+    return Leak(
+        max(largest - 3 * common, 0.0), int(inside.sum()), best[0], best[1], best[2], steady, steady_samples,
+        int(chosen.sum()),
+    )  # fmt: skip
+
+
+def _steady(found: Surplus) -> tuple[float | None, int]:
+    """The reward of each masked slot, where the surplus of ended responses is that of equal, discounted ones."""
+    decay, known = found.decay, np.isfinite(found.amount) & found.ended
+    if not decay or known.sum() < 3 or len(np.unique(found.slots[known])) < 2:
+        return None, 0
+    slots, y = found.slots[known].astype(float), found.amount[known]
+    x = slots if abs(decay - 1) < 1e-6 else decay * (1 - decay**slots) / (1 - decay)
+    if not (x * x).sum():
+        return None, 0
+    each = float((x * y).sum() / (x * x).sum())
+    if np.abs(y - each * x).max() > 1e-2 * np.abs(y).max() or abs(each) < 1e-4:
+        return None, 0
+    return each, int(known.sum())
