@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from rlhf_doctor.facts import Unavailable, role_fact
+from rlhf_doctor.facts import Broken, Unavailable, role_fact
 from rlhf_doctor.finding import Role, Stage
 from rlhf_doctor.instruments.readings import Manifest
 from rlhf_doctor.instruments.samples import Samples
@@ -47,7 +47,7 @@ def growth(role: Role, models: Models, setup: Any, manifest: Manifest, policy_sa
 
     Raises:
         Unavailable: the role is not the reward, there are no samples, or its positions are too few.
-        Broken: the reward cannot be called.
+        Broken: the reward cannot be called. Where its positions are unknown, that may be for the texts' length.
     """
     if role != "reward":
         raise Unavailable(f"the {role} judges no texts")
@@ -76,7 +76,13 @@ def growth(role: Role, models: Models, setup: Any, manifest: Manifest, policy_sa
         turned = [rng.sample(words, len(words)) for _ in range(2)]
         others = [texts[(index + k) % len(texts)][1] for k in (1, 2)]
         content += [(prompt, (*filled(w, fixed), *end)) for w in [words, *turned, *others]]
-    scores = judge.tokens(ladder + content)
+    try:
+        scores = judge.tokens(ladder + content)
+    except Broken as broken:
+        if manifest.max_positions is not None:
+            raise
+        told = f"the reward's longest text is not known, and at {longest} more tokens it raises"
+        raise Unavailable(f"{told}: {broken.sentence}") from broken
     repeats = {} if room < max(COUNTS) + 8 else _repeats(judge, setup, texts, CANDIDATES[live.large], stops, room)
     rows = [tuple(scores[i : i + STEPS]) for i in range(0, len(ladder), STEPS)]
     rest = scores[len(ladder) :]
