@@ -77,7 +77,7 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "REW007": ("REW005", "REW009"),
         "VAL014": ("VAL004",),
         "REF004": ("REF002",),
-        # The loop: what a step does with sound models. A mask, a row or an index that is wrong shows at every later stage.
+        # What a step does with sound models: a mask, a row or an index that is wrong shows at every later stage.
         "ROL004": ("ROL003", "ROL001", "ADV008", "SYS008"),
         "ROL005": ("LOS005", "LOS003", "ADV003", "KLD005", "ADV004", "ADV002", "ADV006", "ROL003", "SYS008"),
         "ROL008": ("MET011", "ROL003", "ROL011"),
