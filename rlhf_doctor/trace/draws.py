@@ -298,7 +298,7 @@ def _passes(
 
 def _responses(placed: Placed, table: Table) -> NDArray[np.bool_]:
     """Which rows of a call are states of response tokens."""
-    inside = (placed.sample >= 0) & (placed.state >= 0) & (placed.state < table.tokens.shape[1])
+    inside: NDArray[np.bool_] = (placed.sample >= 0) & (placed.state >= 0) & (placed.state < table.tokens.shape[1])
     inside[inside] = table.real[placed.sample[inside], placed.state[inside]]
     return inside
 

@@ -7,7 +7,7 @@ draws go on as long as one likes (Ville's inequality).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,18 +16,21 @@ import numpy as np
 from rlhf_doctor.instruments.drawing import Drawing, Drawn
 from rlhf_doctor.trace.draws import log_ratios
 from rlhf_doctor.trace.spans import spans
-from rlhf_doctor.trace.table import Table
+from rlhf_doctor.trace.table import Table, _logp
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Bools = NDArray[np.bool_]
 
-__all__ = ["ALARM", "Heat", "Repeats", "heat", "repeats_between", "repeats_within", "scoring_temperature"]
+__all__ = ["ALARM", "Heat", "Repeats", "cut_odds", "heat", "repeats_between", "repeats_within", "scoring_temperature"]
 
 ALARM = math.log(1e6)
 OPEN = -1.5  # log odds down to which it is worth drawing more
 MORE = 6  # times
+FEW = 20  # drawn tokens
+HELD = 0.2  # of the probability mass
 SHARES = (0.05, 0.3, 0.8, 0.99)  # of tokens that are repeated, where some are
 
 
@@ -68,11 +71,11 @@ def _add(sums: dict[float, float], step: Drawn) -> None:
         sums[other] += float(np.nansum(np.where(counted, ratio, 0.0)))
 
 
-def _counted(table: Table) -> NDArray[np.bool_]:
+def _counted(table: Table) -> Bools:
     """Response tokens, without those left out of the training of a row: tools' words, which nobody drew."""
     seen = spans(table, "policy")
-    whole = ~seen.inside.any(1)
-    found: NDArray[np.bool_] = table.real & (seen.inside | whole[:, None])
+    whole = ~np.asarray(seen.inside.any(1))
+    found: Bools = table.real & (seen.inside | whole[:, None])
     return found
 
 
@@ -97,7 +100,7 @@ def _surprise(steps: Sequence[Drawn]) -> tuple[float, float, int]:
 
 
 def scoring_temperature(table: Table) -> tuple[float, float, int] | None:
-    """(temperature, spread, tokens) of the log-probabilities that are trained, from their gradients; None if unknown."""
+    """(temperature, spread, tokens) of the log-probabilities that are trained, read off their gradients."""
     found = table["temperature"]
     good = np.isfinite(found) & (table["mixed"] < 1e-2) & table.real
     if int(good.sum()) < 3:
@@ -108,12 +111,11 @@ def scoring_temperature(table: Table) -> tuple[float, float, int] | None:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Odds that tokens repeat earlier ones instead of being drawn; ``rows`` are pairs of samples with most in common."""
+    """Odds that tokens repeat earlier ones instead of being drawn; ``rows`` are the pairs with most in common."""
 
     log_odds: float
     tokens: int
     equal: int
-    expected: float
     rows: tuple[tuple[int, int], ...] = ()
 
 
@@ -143,7 +145,7 @@ def repeats_between(first: Drawn, second: Drawn) -> Repeats:
 def _repeats(a: Table, b: Table, pairs: Sequence[tuple[int, int]], step: Drawn) -> Repeats:
     """Odds of token by token "a copy with probability ρ, else drawn" against "drawn"."""
     logs = [0.0] * len(SHARES)
-    tokens, equal, expected = 0, 0, 0.0
+    tokens, equal = 0, 0
     alike: list[tuple[int, tuple[int, int]]] = []
     logp = np.where(np.isfinite(step.draws.old_logp), step.draws.old_logp, step.draws.new_logp)
     for i, j in pairs:
@@ -157,10 +159,54 @@ def _repeats(a: Table, b: Table, pairs: Sequence[tuple[int, int]], step: Drawn) 
             if x[t] != y[t]:
                 logs = [total + math.log1p(-share) for total, share in zip(logs, SHARES, strict=True)]
                 continue
-            hits, expected = hits + 1, expected + p
+            hits += 1
             logs = [total + math.log1p(share * (1 - p) / p) for total, share in zip(logs, SHARES, strict=True)]
         equal += hits
         alike.append((hits, (i, j)))
     alike.sort(reverse=True)
     odds = float(np.logaddexp.reduce(logs)) - math.log(len(logs))
-    return Repeats(odds, tokens, equal, expected, tuple(pair for hits, pair in alike[:3] if hits))
+    return Repeats(odds, tokens, equal, tuple(pair for hits, pair in alike[:3] if hits))
+
+
+def cut_odds(drawing: Drawing) -> tuple[float, float] | None:
+    """Odds, as a logarithm, that the sampler leaves out unlikely tokens, and the least share that it keeps.
+
+    If no draw lies below some entry in the order of likelihood, the odds that this is by chance are the product of the
+    masses above it. The kept entries stand for all: None where they hold too little of the mass for that.
+    """
+    every = [one for step in drawing.steps for one in _places_of_drawn(step.table)]
+    drawn = [one for one in every if one[-1] >= HELD]
+    if len(drawn) < max(FEW, len(every) / 2):
+        return None
+    found = []
+    for of_mass in (True, False):
+        top = max(above if of_mass else number for above, number, *_ in drawn) + 1e-9
+        logs, kept = 0.0, 1.0
+        for _, _, shares, _ in drawn:
+            over = np.cumsum(shares) - shares if of_mass else np.arange(len(shares))
+            share = max(float(shares[over <= top].sum()), 1e-9)
+            logs, kept = logs - math.log(share), min(kept, share)
+        found.append((logs, kept))
+    return max(found)
+
+
+def _places_of_drawn(table: Table) -> Iterator[tuple[float, int, Floats, float]]:
+    """Of each drawn token: mass and number of entries above it, all entries' shares, the largest first, their mass."""
+    window = min((p.call.window for p in table.placed if p.call.role == "policy"), default=0)
+    counted, seen = _counted(table), set[tuple[int, int]]()
+    for placed in table.placed:
+        call = placed.call
+        if call.role != "policy" or call.window > window or call.at_columns is None:
+            continue
+        drawn = _logp(table, placed, table.temperature)
+        logs = (call.at_columns.double() / table.temperature).cpu().numpy()
+        logs = logs - call.lse[table.temperature].double().cpu().numpy()[:, None]
+        for n in np.flatnonzero((placed.sample >= 0) & (placed.state >= 0) & np.isfinite(drawn)):
+            key = int(placed.sample[n]), int(placed.state[n])
+            if key in seen or key[1] >= table.tokens.shape[1] or not counted[key]:
+                continue
+            seen.add(key)
+            masses = np.exp(np.sort(logs[n])[::-1])
+            held = float(masses.sum())
+            above = masses > math.exp(float(drawn[n])) * (1 + 1e-6)
+            yield float(masses[above].sum()) / held, int(above.sum()), masses / held, held

@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
+from rlhf_doctor.instruments.drawing import Drawing
 from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.instruments.readings import Manifest
 
@@ -30,13 +31,16 @@ UNCHOSEN_TOP_K = 50
     stage=Stage.STATIC,
     severity=Severity.ERROR,
 )
-def sampler_not_policy(setup: Any, policy_manifest: Manifest | None = None) -> Iterator[Finding]:
+def sampler_not_policy(
+    setup: Any, policy_manifest: Manifest | None = None, drawing: Drawing | None = None
+) -> Iterator[Finding]:
     """
     What it examines:
         Sampling settings that change which tokens can be drawn or how likely they are: those declared, and those in the
         generation_config.json that the policy brings along, which engines and generate() use for whatever the loop
         leaves open. A shipped value counts unless a declared one of the same name replaces it. Values that change
-        nothing (top_p 1, top_k 0 or -1, penalties of 1) and whether sampling is on by default do not count.
+        nothing (top_p 1, top_k 0 or -1, penalties of 1) and whether sampling is on by default do not count. Where a
+        step can be watched, the drawn tokens too: whether none was drawn below some place in the order of likelihood.
 
     Why it matters:
         The loss takes log-probabilities from the plain softmax. If tokens were drawn from a cut or bent distribution,
@@ -81,6 +85,32 @@ def sampler_not_policy(setup: Any, policy_manifest: Manifest | None = None) -> I
             confidence=Confidence.MEASURED,
             evidence=tuple(_evidence(shipped, where)),
         )
+    if drawing is not None and not declared:
+        yield from _cut(drawing)
+
+
+def _cut(drawing: Drawing) -> Iterator[Finding]:
+    """The drawn tokens all lie among the likely ones."""
+    from rlhf_doctor.trace import odds
+
+    heat, cut = odds.heat(drawing), odds.cut_odds(drawing)
+    if cut is None or cut[0] < max(odds.ALARM, heat.log_odds) or heat.log_odds < odds.ALARM:
+        return
+    yield Finding(
+        "No unlikely token was drawn: the sampler leaves out a part of the distribution that the log-probabilities are "
+        "taken from. Sample with top_k=0, top_p=1 and no penalties, each passed explicitly.",
+        role="loop",
+        confidence=Confidence.MEASURED,
+        evidence=(
+            Evidence(
+                "odds that unlikely tokens are left out, as a logarithm",
+                expected="below 3",
+                observed=f"{cut[0]:.1f}; of some states {1 - cut[1]:.0%} of the distribution",
+                tolerance=f"{odds.ALARM:.1f}",
+                where=f"{heat.tokens} drawn tokens",
+            ),
+        ),
+    )
 
 
 def _shipped(manifest: Manifest, declared: Mapping[str, Any]) -> dict[str, Any]:
