@@ -188,7 +188,7 @@ def trainer_of(fault: str | None, batches: int) -> PPOTrainer:
     value = copy.deepcopy(reward).requires_grad_(fault != "critic_frozen")
     swallowed = fault == "accumulation_swallows_the_minibatches"
     options: dict[str, Any] = {
-        "output_dir": tempfile.mkdtemp(prefix="trl-ppo-"),
+        "output_dir": os.path.join(tempfile.gettempdir(), "trl-ppo"),
         "per_device_train_batch_size": BATCH // MINIBATCHES if swallowed else BATCH,
         "gradient_accumulation_steps": MINIBATCHES if swallowed else 1,
         "num_mini_batches": MINIBATCHES,
