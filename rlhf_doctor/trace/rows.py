@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Moved", "Slots", "masks_of_others", "score_moves", "slots_off", "value_moves"]
 
-FAINT = 1e-3  # of the largest movement: what a shared mean or deviation and rounding leave
+STILL = 0.01  # of the largest movement: what rounding leaves
+TARGETS, WEIGHTS = "critic's targets", "policy's weights"
 LOSSES: tuple[Role, ...] = ("policy", "value")
 MISFIT = 0.05  # of the range of the weights: another account must fit this well
 BETTER = 8.0  # times
@@ -31,7 +32,7 @@ BETTER = 8.0  # times
 class Moved:
     """Samples whose own number was changed, and those that moved although they should not have; of which target."""
 
-    target: str  # "critic's target" or "policy's weights"
+    target: str  # TARGETS or WEIGHTS
     touched: tuple[int, ...]
     moved: tuple[int, ...]
     own: float  # largest movement within the touched samples
@@ -39,19 +40,23 @@ class Moved:
 
 
 def score_moves(found: Experiments, recovered: Recovered) -> Moved | None:
-    """One sample's score was changed: who moved, where it is another sample and the one itself did not; else None."""
-    experiment = found.done.get("one score")
-    if experiment is None:
-        return None
-    for name, target in (("value_gradient", "critic's target"), ("weight", "policy's weights")):
-        moves = _moves(found.base, experiment, name)
-        seen = moves is not None and np.isfinite(moves[experiment.touched]).any()
-        if moves is None or not seen:
-            continue
-        wrong = _elsewhere(moves, experiment.touched, target)
-        if wrong is not None:
-            return wrong
-    return None
+    """Scores were changed: who moved, where it is another sample than it should be; else None."""
+    one = found.done.get("one score")
+    if one is not None:
+        targets = _moves(found.base, one, "value_gradient")
+        if targets is not None and np.isfinite(targets[one.touched]).any():
+            wrong = _elsewhere(targets, one.touched, TARGETS)
+            if wrong is not None:
+                return wrong
+        weights = _moves(found.base, one, "weight")
+        if weights is not None and targets is None and np.isfinite(weights[one.touched]).any():
+            return _elsewhere(weights, one.touched, WEIGHTS)
+        if weights is not None and targets is not None:
+            wrong = _by_themselves(found.base, one)
+            if wrong is not None:
+                return wrong
+    every = found.done.get("all scores")
+    return None if every is None else _exchanged(found.base, every, recovered)
 
 
 def value_moves(found: Experiments) -> Moved | None:
@@ -60,50 +65,82 @@ def value_moves(found: Experiments) -> Moved | None:
     if experiment is None or not found.base.has("old_value"):
         return None
     moves = _moves(found.base, experiment, "value_gradient")
-    return None if moves is None else _elsewhere(moves, experiment.touched, "critic's target")
+    # One state of each sample is changed by its value, several by the reference: those answer for themselves.
+    changed = (experiment.amounts != 0).sum(1)
+    touched = experiment.touched & (changed == 1) & (found.base.real.sum(1) > 1)
+    if moves is None or not touched.any():
+        return None
+    moves[experiment.touched & ~touched] = np.nan
+    return _elsewhere(moves, touched, TARGETS)
 
 
 def _moves(base: Table, experiment: Experiment, name: str) -> Floats | None:
-    """(S, T) how far each token's number went from where the untouched ones say it should be, over the largest."""
+    """(S, T) how far each token's number went, over the largest; None where nothing was seen to move."""
     if not base.has(name) or not experiment.table.has(name):
         return None
     before, after = base[name], experiment.table[name]
-    if before.shape != after.shape:
-        return None
     known = np.isfinite(before) & np.isfinite(after) & base.real
-    moves = np.where(known, after - before, np.nan)
-    window = base["window" if name == "weight" else "value_window"]
-    if name == "weight" and base.has("value_gradient"):  # a shared mean and deviation move all by one line: what is off the line moved by itself
-        for w in np.unique(window[np.isfinite(window)]):
-            inside = known & (window == w)
-            moves[inside] = _off_line(before[inside], after[inside])
-    top = float(np.nanmax(np.abs(moves))) if known.any() else 0.0
-    span = float(np.ptp(before[known])) if known.any() else 0.0
-    return np.abs(moves) / top if top > 1e-5 * max(span, 1e-12) else None
-
-
-def _off_line(x: Floats, y: Floats) -> Floats:
-    """Residuals of y from the line that most of the points lie on: least squares on the nearer ones, repeated."""
-    keep = np.ones(len(x), dtype=bool)
-    residual: Floats = y - x
-    for _ in range(12):
-        if keep.sum() < 4 or np.ptp(x[keep]) == 0:
-            break
-        slope, intercept = np.polyfit(x[keep], y[keep], 1)
-        residual = y - (slope * x + intercept)
-        keep = np.abs(residual) <= np.quantile(np.abs(residual), 0.6)
-    return residual
+    if before.shape != after.shape or not known.any():
+        return None
+    moves = np.where(known, np.abs(after - before), np.nan)
+    top = float(np.nanmax(moves))
+    return moves / top if top > 1e-5 * max(float(np.abs(before[known]).max()), 1e-12) else None
 
 
 def _elsewhere(moves: Floats, touched: Bools, target: str) -> Moved | None:
-    sizes = np.where(np.isfinite(moves).any(1), np.nanmax(np.where(np.isfinite(moves), moves, -1.0), 1), np.nan)
-    own = float(np.nanmax(sizes[touched], initial=0.0))
+    """Others moved, and the touched samples did not."""
+    seen = np.isfinite(moves).any(1)
+    sizes = np.where(seen, np.where(np.isfinite(moves), moves, -1.0).max(1, initial=-1.0), np.nan)
+    if not (seen & touched).any():
+        return None
+    own = float(np.nanmax(sizes[touched]))
     others = np.where(touched, np.nan, sizes)
     other = float(np.nanmax(others, initial=0.0))
-    if other < 0.5 or own > FAINT * other * 10:
+    if other < 0.5 or own > STILL * other:
         return None
     strayed = np.flatnonzero(np.nan_to_num(others) > 0.2 * other)
     return Moved(target, tuple(map(int, np.flatnonzero(touched))), tuple(map(int, strayed)), own, other)
+
+
+def _by_themselves(base: Table, one: Experiment) -> Moved | None:
+    """Rows whose scores were left alone, and whose weights moved by more than a line: a mean and deviation give one."""
+    before, after = base["weight"], one.table["weight"]
+    known = np.isfinite(before) & np.isfinite(after) & base.real & (before != 0)
+    if not known.any():
+        return None
+    top = float(np.abs(after - before)[known].max())
+    strayed, most = [], 0.0
+    for s in np.flatnonzero(~one.touched & (known.sum(1) >= 4)):
+        x, y = before[s][known[s]], after[s][known[s]]
+        if np.ptp(x) < 1e-6 * np.abs(x).max():
+            continue
+        left = float(np.abs(y - np.polyval(np.polyfit(x, y, 1), x)).max())
+        if left > 0.1 * top:
+            strayed.append(int(s))
+            most = max(most, left / top)
+    touched = np.flatnonzero(one.touched)
+    moved = np.where(known, np.abs(after - before), 0.0)[touched].max(initial=0.0) / top
+    return Moved(WEIGHTS, tuple(map(int, touched)), tuple(strayed), float(moved), most) if strayed else None
+
+
+def _exchanged(base: Table, every: Experiment, recovered: Recovered) -> Moved | None:
+    """Every score moved by another amount: targets at the last tokens that moved by other samples' amounts."""
+    moves = -(every.table["value_gradient"] - base["value_gradient"]) / recovered.kappa
+    lengths = base.real.sum(1)
+    amounts, top = every.amounts, float(np.abs(every.amounts).max(initial=0.0))
+    strayed = []
+    seen = 0
+    for s in np.flatnonzero(lengths > 0):
+        went = moves[s, lengths[s] - 1]
+        if not np.isfinite(went) or not amounts[s]:
+            continue
+        seen += 1
+        near = np.flatnonzero(np.abs(amounts - went) < 0.01 * top)
+        if len(near) == 1 and near[0] != s and abs(amounts[s] - went) > 0.05 * top and abs(went) > 0.05 * top:
+            strayed.append((int(s), int(near[0])))
+    if len(strayed) < max(2, seen / 2):
+        return None
+    return Moved(TARGETS, tuple(j for _, j in strayed), tuple(s for s, _ in strayed), 0.0, 1.0)
 
 
 def masks_of_others(table: Table) -> Spans | None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.checks.rollout.sampling import listed
-from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
 
@@ -66,14 +65,13 @@ def rows_misaligned(traced: Traced) -> Iterator[Finding]:
         )
         return
     for what, moved in (
-        ("score", rows.score_moves(found, traced.recovered)),
+        ("scores", rows.score_moves(found, traced.recovered)),
         ("rollout values", rows.value_moves(found)),
     ):
         if moved is not None:
             yield Finding(
-                f"Another {what} of {listed(moved.touched)} moves the {moved.target} of {listed(moved.moved)}, and not "
-                f"{'its' if len(moved.touched) == 1 else 'their'} own. Keep {what} with their samples through every "
-                "sort and shuffle.",
+                f"Other {what} of {listed(moved.touched)} move the {moved.target} of {listed(moved.moved)}, where they "
+                f"should move none but their own. Keep {what} with their samples through every sort and shuffle.",
                 role="loop",
                 confidence=Confidence.PROVEN,
                 evidence=(
@@ -81,15 +79,14 @@ def rows_misaligned(traced: Traced) -> Iterator[Finding]:
                         f"movement of the {moved.target}, of the largest",
                         f"1 in {listed(moved.touched)}, 0 elsewhere",
                         f"{moved.own:.2g} there, {moved.other:.2g} in {listed(moved.moved)}",
-                        f"{rows.FAINT * 10:g}",
-                        f"the step again with another {what}",
+                        f"{rows.STILL:g}",
+                        f"the step again with other {what}",
                     ),
                 ),
             )
             return
     if not {"one score", "rollout outputs"} & set(found.done):
         traced.needs("one score")
-        raise Unavailable("needs a changed run")
 
 
 @rows_misaligned.fault("scores come back in another order")
