@@ -54,6 +54,13 @@ def kl_no_gradient(kl_terms: Divergence, setup: Any) -> Iterator[Finding]:
         number(setup.declared.get("kl_coef")),
     )
     found = places(kl_terms)
+    if (
+        not found
+        and kl_terms.pull is not None
+        and coefficient
+        and abs(kl_terms.pull - coefficient) < NEAR * coefficient
+    ):
+        raise Unavailable("the KL in the loss pulls to something else than the reference")
     if not found and place == "loss" and coefficient and kl_terms.loss is not None:
         yield _without_gradient(kl_terms, coefficient, kl_terms.loss.tokens)
         return

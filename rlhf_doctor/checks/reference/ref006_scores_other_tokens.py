@@ -45,7 +45,7 @@ def reference_scores_other_tokens(
         3. Compare both once with equal weights: every log-probability must agree.
 
     Source:
-        https://github.com/huggingface/trl/issues/469 (positions and masks); N. Lambert et al.,
+        https://github.com/huggingface/trl/issues/469 (positions and masks); Huang et al. 2024,
         https://arxiv.org/abs/2403.17031, on the logits' temperature in every pass. Tolerance: ten times the square root
         of twice the KL that rounding in the models' dtype explains; pads that are read move a token by tenths of a nat.
     """

@@ -42,8 +42,9 @@ def penalty_misfires(last_rewards: Surplus, setup: Any) -> Iterator[Finding]:
         3. Use the id of the tokenizer's end of sequence, and all of them where there are several.
 
     Source:
-        Huang et al. 2024, https://arxiv.org/abs/2403.17031 (the EOS trick); missing_eos_penalty in
-        https://huggingface.co/docs/trl/v0.9.6/en/ppov2_trainer. Tolerance: 5% of the penalty; float32 leaves 1e-5.
+        Huang et al. 2024, https://arxiv.org/abs/2403.17031 (the EOS trick); an end of sequence that was looked for in
+        the prompt too: https://github.com/huggingface/trl/issues/6805; one that is another token:
+        https://github.com/huggingface/trl/pull/5338. Tolerance: 5% of the penalty; float32 leaves 1e-5.
     """
     penalty = number(setup.declared.get("missing_eos_penalty"))
     if not penalty:
