@@ -15,6 +15,7 @@ from typing import Any
 
 ROLES = ("policy", "reference", "reward", "value")
 PHASES = ("generate", "score", "logprobs", "update")
+KINDS = {"matrix products": ("mm", "addmm", "bmm"), "attention": ("attention",), "Adam": ("adam", "vector_norm")}
 
 
 def clock() -> tuple[float, float]:
@@ -171,12 +172,28 @@ def reference_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         marks()
         assert metrics["response_length"] == case["response"]
     peak = memory("VmHWM") - before
+    shares = profiled(lambda: ppo.ppo_step(four, case["prompts"], optimizers, s, ppo.FixedKL(0.05)))
     order = ("begin", "sample", "score", "gae", "end")
     spent = {
         phase: [[last - first for first, last in zip(at[a], at[b], strict=True)] for at in ends[1:]]
         for phase, a, b in zip(PHASES, order, order[1:], strict=False)
     }
-    return {"peak": peak, "phases": spent, "floor": floors(four, case), **marks.lasted(), **software()}
+    found = {"peak": peak, "phases": spent, "floor": floors(four, case), "shares": shares}
+    return {**found, **marks.lasted(), **software()}
+
+
+def profiled(run: Any) -> dict[str, float]:
+    """The share of an iteration's time in each of KINDS, and in everything else, by torch's profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        run()
+    spent = dict.fromkeys([*KINDS, "everything else"], 0.0)
+    for event in seen.key_averages():
+        name = event.key.lower().removeprefix("aten::")
+        kinds = (kind for kind, parts in KINDS.items() if name in parts or any(x in name for x in parts if len(x) > 3))
+        spent[next(kinds, "everything else")] += event.self_cpu_time_total
+    return {kind: x / sum(spent.values()) for kind, x in spent.items()}
 
 
 def floors(models: Any, case: dict[str, Any]) -> dict[str, dict[str, float]]:

@@ -207,6 +207,7 @@ def rows(size: Size, found: dict[str, list[dict[str, Any]]]) -> list[Row]:
     used = [middle(runs, "cpu") / size.batch for runs in (reference, trl)]
     peaks = [max(one["peak"] for one in runs) / 1e6 for runs in (reference, trl)]
     update = phase(reference, "update")
+    floor = sum(phase(reference, name)["cpu floor"] for name in ppo_side.PHASES)
     floors, cpu_floors = update["seconds"] / update["floor"], update["cpu"] / update["cpu floor"]
     disturbed = busy(found)
     note = "; other work on the machine: judged by CPU seconds" if disturbed else ""
@@ -216,6 +217,8 @@ def rows(size: Size, found: dict[str, list[dict[str, Any]]]) -> list[Row]:
             (cpu if disturbed else wall) >= size.faster),
         Row(f"{size.name}: CPU seconds a sample, TRL's in the reference's", "none set",
             f"{cpu:.2f} × ({used[0]:.3g} against {used[1]:.3g})", None),
+        Row(f"{size.name}: the same, if the reference did its matrix products and nothing else", "none set",
+            f"{used[1] * size.batch / floor:.2f} ×", None),
         Row(f"{size.name}: peak memory above imports", "no more than TRL's",
             f"{peaks[0]:.0f} MB against {peaks[1]:.0f} MB", peaks[0] <= peaks[1]),
         Row(f"{size.name}: the update's time, in that of its matrix products alone", f"at most {UPDATE}",
@@ -249,6 +252,12 @@ def phase_lines(size: Size, runs: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def share_line(size: Size, runs: Sequence[dict[str, Any]]) -> str:
+    """A row of the third table: medians over the runs."""
+    shares = (statistics.median(one["shares"][kind] for one in runs) for kind in runs[0]["shares"])
+    return f"| {size.name} | {' | '.join(f'{x:.0%}' for x in shares)} |"
+
+
 def section(measured: dict[Size, dict[str, list[dict[str, Any]]]]) -> str:
     """The section of reports/benchmarks.md."""
     size = next(iter(measured))
@@ -280,6 +289,12 @@ def section(measured: dict[Size, dict[str, list[dict[str, Any]]]]) -> str:
         "| size | phase | GFLOP | floor's GFLOP/s | seconds | floor | in floors | in floors, CPU seconds |",
         "|---|---|---|---|---|---|---|---|",
         *(line for size, found in measured.items() for line in phase_lines(size, found["reference"])),
+        "",
+        "And by operation, as torch's profiler sees one more iteration of it:",
+        "",
+        f"| size | {' | '.join(ppo_side.KINDS)} | everything else |",
+        "|---|---|---|---|---|",
+        *(share_line(size, found["reference"]) for size, found in measured.items()),
     ])  # fmt: skip
 
 
