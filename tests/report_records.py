@@ -196,6 +196,7 @@ def record(**changes: Any) -> dict[str, Any]:
                        {"path": "model.safetensors", "bytes": 123456789, "sha256": None}],
         },
     }  # fmt: skip
+    made["trace"] = None
     made |= changes
     made["verdict"] = verdict(made)
     return made
@@ -340,7 +341,156 @@ def foreign() -> dict[str, Any]:
                   setup=made["setup"] | {"roles": roles})  # fmt: skip
 
 
+def influence_row(edge: str, expected: bool | None, measured: bool | None, **changes: Any) -> dict[str, Any]:
+    verdict = "unknown" if measured is None else "undeclared" if expected is None else ""
+    verdict = verdict or {(True, True): "there", (True, False): "missing", (False, True): "unexpected"}.get(
+        (expected, measured), "none"
+    )
+    ends = {"value target": "value", "reward": "reward"}
+    start, end = edge.split(" → ")
+    return {
+        "edge": edge,
+        "from": start,
+        "to": ends.get(end, "policy"),
+        "means": f"the {start} enters the {end}",
+        "expected": expected,
+        "why": "PPO has it so",
+        "measured": measured,
+        "gain": 1.0 if measured else None,
+        "reason": "",
+        "verdict": verdict,
+    } | changes
+
+
+def updated_row(role: str, measured: bool | None, verdict: str = "", **changes: Any) -> dict[str, Any]:
+    expected = role in ("policy", "value")
+    return {
+        "role": role,
+        "expected": expected,
+        "measured": measured,
+        "tensors": 21 if measured else 0,
+        "largest": 0.0023 if measured else None,
+        "reason": "",
+        "verdict": verdict or ("there" if measured else "none"),
+    } | changes
+
+
+def number_row(name: str, declared: Any, measured: Any, reason: str = "") -> dict[str, Any]:
+    agrees = None if declared is None or measured is None else declared == measured
+    return {"name": name, "declared": declared, "measured": measured, "agrees": agrees, "reason": reason}
+
+
+def token_row(name: str, measured: list[Any], declared: list[Any] | None = None, reason: str = "") -> dict[str, Any]:
+    differs = [a != b for a, b in zip(measured, declared or measured, strict=True)]
+    return {"name": name, "measured": measured, "declared": declared, "differs": differs, "reason": reason}
+
+
+def tokens() -> list[dict[str, Any]]:
+    words = ("The", " cat", " sat", "\n", " on", " <b>it</b>", "</s>", "<pad>")
+    return [
+        {"id": 40 + n, "text": word, "counted": n < 7, "trained": True, "offset": -1 if n == 5 else 0}
+        for n, word in enumerate(words)
+    ]
+
+
+def traced() -> dict[str, Any]:
+    """A step whose critic is trained on the KL alone: the score is missing, a loss term too many, numbers differ."""
+    ignores = finding(
+        "VAL009", "value-ignores-reward", "value",
+        "The critic's training ignores the reward: with all 16 scores changed, the critic's gradient is identical to "
+        "the last bit. It should be trained towards returns that hold the score.",
+        title="the critic learns from the reward model's scores",
+    )  # fmt: skip
+    trace = {
+        "answer": {
+            "question": "Does the critic learn from the reward model's scores?",
+            "learns": "no",
+            "sentence": "No. With the scores of 16 responses changed, the critic's gradient stayed identical to the "
+            "last bit.",
+            "gain": 0.0,
+            "changed": 16,
+            "responded": 0,
+            "identical": True,
+        },
+        "sentence": "Missing: reward → value target. Not expected, but there: reference → loss. Updated, but should "
+        "not be: reference. Not measured: value → advantage.",
+        "changed": ["one score", "all scores", "rollout outputs"],
+        "unchanged": "",
+        "wiring": [
+            influence_row("reward → value target", True, False, gain=0.0, reason="identical to the last bit"),
+            influence_row("reward → policy", True, True),
+            influence_row("value → advantage", True, None, reason="no rollout value was seen that could be changed"),
+            influence_row("reference → reward", None, True, gain=0.05, why="kl_in is not declared"),
+            influence_row("reference → loss", False, True, gain=0.05),
+        ],
+        "updated": [
+            updated_row("policy", True),
+            updated_row("reference", True, "unexpected", tensors=2),
+            updated_row("reward", False, reason="it has no parameters"),
+            updated_row("value", True),
+        ],
+        "numbers": [
+            number_row("temperature", 1.0, 1.0),
+            number_row("gamma", 1.0, 0.99),
+            number_row("lambda", 0.95, 0.95),
+            number_row("gamma · lambda", 0.95, 0.9405),
+            number_row("KL weight", "0.05 in the reward", "0.05 in the reward and 0.05 in the loss"),
+            number_row("aggregation", None, "token-mean"),
+            number_row("whitening", "whitened", None, "returns − values do not explain the policy's weights"),
+        ],
+        "sample": {
+            "number": 3,
+            "of": 16,
+            "changed": True,
+            "ended": True,
+            "prompt": "Where is the cat?",
+            "score": -0.4533,
+            "left_out": 12,
+            "left_out_after": 4,
+            "tokens": tokens(),
+            "rows": [
+                token_row("reward", [0.0, -0.01, 0.0, 0.02, 0.0, 0.0, 0.0, None],
+                          [0.0, -0.01, 0.0, 0.02, 0.0, 0.0, -0.4533, None]),
+                token_row("value", [0.1, 0.2, -0.1, 0.0, 0.1, 0.2, 0.3, None]),
+                token_row("return", [0.01, 0.01, 0.02, 0.02, 0.0, 0.0, 0.0, None],
+                          [0.01, 0.01, 0.02, 0.02, 0.0, 0.0, 0.0, None]),
+                token_row("advantage", [None] * 8, None, "returns − values do not explain the policy's weights"),
+                token_row("weight in the loss", [0.013, -0.0042, 0.1, 0.2, 1e-7, -123456.0, 0.1, 0.2]),
+            ],
+        },
+    }  # fmt: skip
+    return record(findings=[ignores], diagnosis=[diagnosed(ignores)], trace=trace,
+                  environment=record()["environment"] | {"stage": "trace"})  # fmt: skip
+
+
+def watched() -> dict[str, Any]:
+    """A step that was only watched, of an algorithm without a critic: nothing was changed, no sample was seen."""
+    reason = "the step was watched and not run again"
+    unknown = {"measured": None, "gain": None, "reason": reason, "verdict": "unknown"}
+    names = ("reward → value target", "reward → policy", "value → advantage", "reference → reward", "reference → loss")
+    trace = {
+        "answer": traced()["trace"]["answer"]
+        | {"learns": "unknown", "sentence": f"Not known: {reason}.", "gain": None, "changed": 0, "identical": False},
+        "sentence": "The wiring could not be measured.",
+        "changed": [],
+        "unchanged": reason,
+        "wiring": [influence_row(name, True, None) | unknown for name in names],
+        "updated": [
+            updated_row("policy", None, "unknown", reason="no whole step was seen"),
+            updated_row("reference", None, "unknown", reason="it is the policy with its adapter off"),
+            updated_row("reward", False),
+            updated_row("value", None, "absent", reason="not part of this run"),
+        ],
+        "numbers": [number_row("temperature", None, None, "no gradient was seen at the policy's head")],
+        "sample": None,
+    }
+    made = critic_free()
+    return record(setup=made["setup"], trace=trace)
+
+
 EVERY = {
+    "traced": traced,
+    "watched": watched,
     "foreign": foreign,
     "healthy": record,
     "founding": founding,
@@ -369,6 +519,9 @@ def golden() -> dict[str, str]:
         "founding.terminal.txt": terminal.render(made, width=60),
         "founding.md": markdown.render(made),
         "founding.json": json_.render(made),
+        "traced.page.txt": visible_text(page.render(traced())),
+        "traced.terminal.txt": terminal.render(traced(), width=60),
+        "traced.md": markdown.render(traced()),
         "critic_free.page.txt": visible_text(page.render(critic_free())),
         "unreadable.page.txt": visible_text(page.render(unreadable())),
         "unreadable.terminal.txt": terminal.render(unreadable(), width=60),

@@ -37,6 +37,8 @@ def render(record: Mapping[str, Any]) -> str:
         if root["explains"]:
             names = ", ".join(f"{child['code']} ({child['role']})" for child in root["explains"])
             lines.append(f"Follows from it: {_text(names)}")
+    if made.get("trace"):
+        lines += _trace(made["trace"])
     if any(card["present"] for card in made["setup"]["roles"].values()):
         lines += ["## The four models", _models(made["setup"]["roles"])]
     infos = [one for one in made["findings"] if one["severity"] == "info"]
@@ -78,6 +80,22 @@ def _finding(one: Mapping[str, Any]) -> list[str]:
 def _blocks(found: Sequence[Block]) -> list[str]:
     marks = {"numbered": "1. ", "bullets": "- "}
     return ["\n".join(marks.get(block.kind, "") + _text(item) for item in block.items) for block in found]
+
+
+def _trace(trace: Mapping[str, Any]) -> list[str]:
+    from rlhf_doctor.report.trace_shown import numbers_line, unmeasured, wiring_rows
+
+    said = ["## What one step does"]
+    said.append(f"**{_text(trace['answer']['question'])}** {_text(trace['answer']['sentence'])}")
+    said.append(_text(trace["sentence"]))
+    table = ["| influence | should be | measured |", "|---|---|---|"]
+    for row in wiring_rows(trace):
+        cells = (f"{row['mark']} {row['name']}", row["expected"], row["measured"])
+        table.append("| " + " | ".join(map(_text, cells)) + " |")
+    said.append("\n".join(table))
+    measured, left = numbers_line(trace), unmeasured(trace)
+    said += [f"Measured: {_text(measured)}"] if measured else []
+    return said + ([f"Not measured: {_text(left)}"] if left else [])
 
 
 def _models(cards: Mapping[str, Mapping[str, Any]]) -> str:

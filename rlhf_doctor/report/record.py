@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import math
 import platform
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,24 @@ def record(
             "inputs": [dict(i) for i in inputs],
         },
     }
+    made["trace"] = _trace(examination, crashed)
     made["verdict"] = verdict(made)
     plain: dict[str, Any] = _plain(made)
     return plain
+
+
+def _trace(examination: Examination, crashed: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the traced step was seen to do; a crash here is this tool's own, and said as such."""
+    traced = examination.shown.get("traced")
+    if traced is None:
+        return None
+    from rlhf_doctor.report.trace_view import trace  # numpy is imported from here on
+
+    try:
+        return trace(examination.setup, traced)
+    except Exception:
+        crashed.append({"code": "the account of the traced step", "traceback": traceback.format_exc()})
+        return None
 
 
 def unreadable(role: Role, sentence: str, **environment: Any) -> dict[str, Any]:

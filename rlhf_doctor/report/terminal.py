@@ -61,6 +61,7 @@ def show(record: Mapping[str, Any], console: Console | None = None, *, path: str
     told: dict[str, int] = {}
     for number, root in enumerate(made["diagnosis"], start=1):
         _root(page, number, shown[root["id"]], [shown[child["id"]] for child in root["explains"]], told)
+    _trace(page, made.get("trace"))
     _models(page, made["setup"]["roles"])
     _infos(page, [one for one in made["findings"] if one["severity"] == "info"])
     _unchecked(page, made)
@@ -195,6 +196,23 @@ def _models(page: _Page, cards: Mapping[str, Mapping[str, Any]]) -> None:
             should = f", should be {card['emits_expected']}" if card["fits"] is False else ""
             said = f"{kind}{shape}{should}"
         page.labelled(role, said, at=2)
+
+
+def _trace(page: _Page, trace: Mapping[str, Any] | None) -> None:
+    """Whether the critic learns from the scores, the wiring, and measured numbers beside declared ones."""
+    if trace is None:
+        return
+    from rlhf_doctor.report.trace_shown import numbers_line, unmeasured
+
+    page.gap()
+    page.put(trace["answer"]["question"], style="bold")
+    page.put(trace["answer"]["sentence"], at=2)
+    page.labelled("wiring", trace["sentence"], at=2)
+    measured, left = numbers_line(trace), unmeasured(trace)
+    if measured:
+        page.labelled("measured", measured, at=2)
+    if left:
+        page.labelled("not seen", left, at=2)
 
 
 def _infos(page: _Page, infos: Sequence[Mapping[str, Any]]) -> None:

@@ -9,6 +9,7 @@ from rlhf_doctor.check import HEADINGS
 from rlhf_doctor.finding import MODEL_ROLES, ROLES, Severity
 from rlhf_doctor.report.pictures import influence_map, influence_words, legend, wiring
 from rlhf_doctor.report.text import blocks, clean, counted
+from rlhf_doctor.report.trace_shown import shown as shown_trace
 from rlhf_doctor.report.verdict import ROLE_WORDS
 
 __all__ = ["grouped", "human", "view"]
@@ -72,6 +73,7 @@ def view(record: Mapping[str, Any]) -> dict[str, Any]:
         "nodes": nodes,
         "edges": edges,
         "reach": reach,
+        "trace": shown_trace(made["trace"]) if made.get("trace") else None,
         "skipped": grouped(made["skipped"], "reason"),
         "not_run": grouped(made["not_run"], "stage"),
         "skipped_count": len(made["skipped"]),
