@@ -1,0 +1,108 @@
+"""What a step did with the critic: which parameters are its own, where it was trained, what its target followed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rlhf_doctor.trace.interventions import Experiments
+    from rlhf_doctor.trace.table import Table
+
+    Floats = NDArray[np.float64]
+
+__all__ = [
+    "Part",
+    "Span",
+    "heads",
+    "own_parameters",
+    "part_in_training",
+    "raw_response",
+    "rounding",
+    "steady",
+    "trained_spans",
+]
+
+EPSILON = {"torch.bfloat16": 2.0**-8, "torch.float16": 2.0**-11, "torch.float64": 2.0**-53}
+Part = Literal["not called", "called without gradient", "no gradient came back", "gradient is zero", "trained"]
+
+
+def own_parameters(setup: Any) -> dict[str, Any]:
+    """The critic's parameters by name that are not the policy's as well; of one module for both, its scalar heads."""
+    parameters = _parameters(setup.value)
+    if setup.value is setup.policy:
+        return {name: parameters[name] for name in heads(parameters)}
+    shared = {id(p) for p in _parameters(setup.policy).values()}
+    return {name: p for name, p in parameters.items() if id(p) not in shared}
+
+
+def heads(parameters: Mapping[str, Any]) -> list[str]:
+    """Names of the matrices with one output: the critic's last layer. An adapter of rank 1 is none."""
+    return [n for n, p in parameters.items() if p.dim() == 2 and p.shape[0] == 1 and "lora_" not in n]
+
+
+def _parameters(model: Any) -> dict[str, Any]:
+    named = getattr(model, "named_parameters", None)
+    return dict(named()) if callable(named) else {}
+
+
+def part_in_training(calls: Any) -> Part:
+    """How far the critic's outputs took part in a step's backward passes, from the calls of a run."""
+    ours = [c for c in calls if c.role == "value"]
+    if not ours:
+        return "not called"
+    back = [c for c in ours if c.backwards and "scalar" in c.gradient]
+    if any(bool((c.gradient["scalar"] != 0).any()) for c in back):
+        return "trained"
+    if back:
+        return "gradient is zero"
+    return "no gradient came back" if any(c.with_grad for c in ours) else "called without gradient"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one sample's values were trained: the first and the last state, and the response's length."""
+
+    first: int
+    last: int
+    length: int
+
+
+def trained_spans(table: Table) -> list[Span]:
+    """Of every sample with a gradient; state t precedes token t, and the prompt's states are below 0."""
+    trained: dict[int, list[int]] = {}
+    weights = None
+    for placed in table.placed:
+        call = placed.call
+        if call.role != "value" or "scalar" not in call.gradient:
+            continue
+        weights = call.weights if weights is None else weights
+        if call.weights is not None and weights is not None and not bool((call.weights == weights).all()):
+            break  # a loop that updates by hand: from here on a clip may have cut gradients to 0
+        at = (call.gradient["scalar"] != 0).cpu().numpy() & (placed.sample >= 0)
+        for sample, state in zip(placed.sample[at].tolist(), placed.state[at].tolist(), strict=True):
+            trained.setdefault(sample, []).append(state)
+    lengths = table.real.sum(1)
+    return [Span(min(t), max(t), int(lengths[s])) for s, t in trained.items()]
+
+
+def steady(experiments: Experiments) -> NDArray[np.bool_]:
+    """(S, T): response tokens whose values were trained at the initial weights."""
+    base = experiments.base
+    return np.asarray(base.real & ((base["value_window"] == 0) | (not experiments.by_hand)))
+
+
+def rounding(table: Table) -> float:
+    """The relative rounding of the critic's outputs."""
+    kinds = {str(p.call.scalar.dtype) for p in table.placed if p.call.role == "value" and p.call.scalar is not None}
+    return max((EPSILON.get(kind, 2.0**-23) for kind in kinds), default=2.0**-23)
+
+
+def raw_response(experiments: Experiments, name: str) -> Floats:
+    """How the critic's gradient moved at the response tokens in a changed run, (S, T), NaN elsewhere."""
+    return np.where(steady(experiments), experiments.done[name].moved(experiments.base, "value_gradient"), np.nan)
