@@ -759,6 +759,7 @@ def _like(returned: Any, scores: Tensor) -> Any:
 @contextmanager
 def _function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
     """Put a listener wherever the program keeps this function: module attributes, instances, closures."""
+
     @functools.wraps(function, updated=())
     def listened(*args: Any, **kwargs: Any) -> Any:
         return recorder.texts_scored((*args, *kwargs.values()), function(*args, **kwargs))
@@ -779,8 +780,10 @@ def _function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
             for key in [k for k, v in place.items() if v is function]:
                 place[key] = listened
                 undo.append(lambda place=place, key=key: place.__setitem__(key, function))  # type: ignore[misc]
-        elif type(place).__name__ == "cell" and place.cell_contents is function and place not in (
-            listened.__closure__ or ()
+        elif (
+            type(place).__name__ == "cell"
+            and place.cell_contents is function
+            and all(place is not own for own in listened.__closure__ or ())  # cells are equal where their contents are
         ):
             place.cell_contents = listened
             undo.append(lambda place=place: setattr(place, "cell_contents", function))  # type: ignore[misc]
@@ -850,4 +853,3 @@ def _optimizers_tapped(recorder: Recorder) -> Iterator[None]:
             type.__setattr__(kind, "step", step)
         for optimizer, step in own:
             optimizer.step = step
-
