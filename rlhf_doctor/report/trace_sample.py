@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["by_declaration", "sample"]
 
 KEPT = 48  # tokens at each end of a long response
+LEAST = 1e-5  # of the batch's largest number: float32's rounding
 APART = 0.02  # of a row's largest number: bfloat16 leaves a hundredth
 NAMES: Mapping[str, str] = {"kl": "k1", "mse": "k2", "abs": "|k1|", "low_var_kl": "k3"}
 
@@ -71,16 +72,23 @@ def _rows(setup: RLHFSetup, traced: Traced, at: int, kept: Any) -> list[dict[str
     none = critic_free(traced)
     why = "there is no critic to read it from" if none else made.reasons.get("returns", "")
     shown: list[tuple[str, Floats | None, Floats | None, str]] = [
-        ("reward", None if made.rewards is None else made.rewards[at], rewards, why or made.reasons.get("rewards", "")),
+        (
+            "reward",
+            None if made.rewards is None else made.rewards[at],
+            None if none else rewards,
+            why or made.reasons.get("rewards", ""),
+        ),
         ("value", values[at], None, "there is no critic" if none else "no value was seen"),
         ("return", made.returns[at], None if none else returns, why),
         ("advantage", made.raw_advantages[at], None if none else advantages, why),
         ("weight in the loss", np.where(base.real, base["weight"], np.nan)[at], None, "no gradient was seen"),
     ]
+    size = _size(base["weight"]), max(_size(made.returns), _size(values))
     rows = []
     for name, measured, declared, reason in shown:
-        seen = _numbers(measured, kept)
-        said = None if declared is None or none else _numbers(declared, kept)
+        least = LEAST * size[name != "weight in the loss"]
+        seen = _numbers(measured, kept, least)
+        said = None if declared is None else _numbers(declared, kept, least)
         known = any(x is not None for x in seen)
         rows.append(
             {
@@ -94,13 +102,15 @@ def _rows(setup: RLHFSetup, traced: Traced, at: int, kept: Any) -> list[dict[str
     return rows
 
 
-def _numbers(values: Floats | None, kept: Any) -> list[float | None]:
-    """Rounded, with what is rounding beside the row's largest number taken for 0."""
+def _size(values: Floats) -> float:
+    return float(np.abs(values[np.isfinite(values)]).max(initial=0.0))
+
+
+def _numbers(values: Floats | None, kept: Any, least: float) -> list[float | None]:
+    """Rounded, with what is below ``least`` taken for 0."""
     if values is None:
         return [None] * len(kept)
-    taken = values[kept]
-    size = float(np.abs(taken[np.isfinite(taken)]).max(initial=0.0))
-    return [rounded(0.0 if abs(x) < 1e-5 * size else x) for x in taken]
+    return [rounded(0.0 if abs(x) < least else x) for x in values[kept]]
 
 
 def _differs(measured: list[float | None], declared: list[float | None] | None) -> list[bool]:

@@ -21,14 +21,20 @@ UPDATED = {
     "absent": "none",
 }
 TONES = {"yes": "ok", "no": "error", "unknown": "warning", "no critic": ""}
-BOXES = {"reward": (0, 16), "value": (322, 16), "reference": (0, 262), "policy": (322, 262)}
+CHANGES = {
+    "rollout outputs": "the rollout's values and the reference's logits",
+    "poison": "outputs at places that no response needs",
+    "update values": "the critic's values in the update",
+    "update logits": "the policy's logits in the update",
+}
+BOXES = {"reward": (0, 16), "value": (310, 16), "reference": (0, 262), "policy": (310, 262)}
 # Edge -> path, what is written at it, and where: x, y of the first of two lines, their distance, their anchor.
 ARROWS: Mapping[str, tuple[str, str, int, int, int, str]] = {
-    "reward → value target": ("M118 42H314", "critic's target", 216, 32, 28, "middle"),
-    "reward → policy": ("M112 68L322 256", "policy's gradient", 207, 146, 17, "middle"),
-    "value → advantage": ("M381 68V254", "advantage", 372, 98, 17, "end"),
-    "reference → reward": ("M59 262V76", "KL in the rewards", 68, 202, 17, "start"),
-    "reference → loss": ("M118 288H314", "KL in the loss", 216, 278, 28, "middle"),
+    "reward → value target": ("M130 42H302", "critic's target", 220, 32, 28, "middle"),
+    "reward → policy": ("M124 68L316 256", "policy's gradient", 210, 146, 17, "middle"),
+    "value → advantage": ("M375 68V254", "advantage", 366, 98, 17, "end"),
+    "reference → reward": ("M65 262V76", "KL in the rewards", 74, 202, 17, "start"),
+    "reference → loss": ("M130 288H302", "KL in the loss", 220, 278, 28, "middle"),
 }
 WEIGHTS = ("reference → reward", "reference → loss")
 
@@ -82,7 +88,7 @@ def _how(trace: Mapping[str, Any]) -> str:
         return f"Who influences whom was not measured: {trace['unchanged']}."
     return (
         "The step was run again from the same state, each time with one thing changed, and everything put back: "
-        f"{', '.join(trace['changed'])}."
+        f"{', '.join(CHANGES.get(name, name) for name in trace['changed'])}."
     )
 
 
@@ -149,7 +155,7 @@ def wiring_rows(trace: Mapping[str, Any]) -> list[dict[str, str]]:
                 "mark": MARKS[one["verdict"]],
                 "verdict": one["verdict"],
                 "name": f"{ROLE_WORDS[one['role']]} updated",
-                "means": "a step changes its parameters",
+                "means": "",
                 "expected": "yes" if one["expected"] else "no",
                 "measured": measured + (f": {one['reason']}" if one["reason"] else ""),
             }
@@ -217,7 +223,7 @@ def _sample(one: Mapping[str, Any]) -> dict[str, Any]:
     if one["left_out"]:
         at = one["left_out_after"]
         for token in tokens[at : at + 1]:
-            token["after"] = f"{counted(one['left_out'], 'token')} left out before this one"
+            token["after"] = f"{one['left_out']:,} left out"
     rows = [_row(row) for row in one["rows"] if not row["reason"]]
     groups: dict[str, list[str]] = {}
     for row in one["rows"]:

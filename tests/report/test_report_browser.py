@@ -118,7 +118,7 @@ def opened(browser: Any, tmp_path: Path) -> Iterator[Opened]:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 400, 768, 1280, 1600])
-@pytest.mark.parametrize("case", ["founding", "critic_free", "unreadable"])
+@pytest.mark.parametrize("case", ["founding", "critic_free", "unreadable", "traced", "watched"])
 def test_page_is_quiet_fits_and_reads(browser: Any, tmp_path: Path, case: str, width: int, theme: str) -> None:
     one = Opened(browser, tmp_path, records.EVERY[case](), width, theme)
     one.page.eval_on_selector_all("details", "all => all.forEach(d => { d.open = true; })")
@@ -270,6 +270,48 @@ def test_without_scripts_everything_is_there_and_nothing_dead_is(browser: Any, t
     assert page.locator("#filter:visible").count() == 0
     assert page.locator("#findings .finding:visible").count() == 3
     context.close()
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_tokens_scroll_in_their_own_box_beside_their_names(browser: Any, tmp_path: Path, width: int) -> None:
+    made = records.traced()
+    sample = made["trace"]["sample"]
+    sample["tokens"] *= 8
+    for row in sample["rows"]:
+        for key in ("measured", "declared", "differs"):
+            row[key] = row[key] and row[key] * 8
+    one = Opened(browser, tmp_path, made, width)
+    assert one.page.evaluate("document.documentElement.scrollWidth") <= width
+    names = one.page.locator(".tokens tbody th").first
+    before = names.bounding_box()
+    one.page.eval_on_selector("[aria-labelledby=tokens-h]", "box => { box.scrollLeft = 500; }")
+    assert one.page.eval_on_selector("[aria-labelledby=tokens-h]", "box => box.scrollLeft") == 500
+    after = names.bounding_box()
+    assert before
+    assert after
+    assert after["x"] == pytest.approx(before["x"], abs=1), "what a row is stays in sight"
+    one.context.close()
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_nothing_in_the_graph_lies_on_anything_else(browser: Any, tmp_path: Path, width: int) -> None:
+    one = Opened(browser, tmp_path, records.traced(), width)
+    boxes = one.page.eval_on_selector_all(
+        ".ways rect, .ways text.way",
+        "all => all.map(e => { const b = e.getBoundingClientRect();"
+        " return [e.textContent || e.nextElementSibling.textContent, b.left, b.top, b.right, b.bottom]; })",
+    )
+    assert len(boxes) == 14
+    frame = one.page.eval_on_selector(
+        ".ways svg", "e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]; }"
+    )
+    for n, (name, left, top, right, bottom) in enumerate(boxes):
+        assert left >= frame[0], name
+        assert right <= frame[2], name
+        for other, x0, y0, x1, y1 in boxes[n + 1 :]:
+            apart = right <= x0 or x1 <= left or bottom - 3 <= y0 or y1 - 3 <= top  # lines of text may touch
+            assert apart, f"{name} lies on {other}"
+    one.context.close()
 
 
 def test_hostile_names_run_nothing(browser: Any, tmp_path: Path) -> None:
