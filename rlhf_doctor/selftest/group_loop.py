@@ -43,7 +43,7 @@ def setup(healthy: RLHFSetup, relative: Relative) -> RLHFSetup:
         new = logp(policy)
         loss = ops.clipped_policy_loss(new, old, advantages[:, None].expand_as(new), where, 0.2)
         loss = loss + 0.04 * ops.masked_mean(ops.k3(new, ref), where)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return float(loss.detach())
 

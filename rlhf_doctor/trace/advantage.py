@@ -176,7 +176,8 @@ def moved_share(traced: Traced, name: str) -> Floats:
     weight = np.abs(masked(traced.base, traced.base["weight"]))
     moved = np.abs(masked(traced.base, experiment.moved(traced.base, "weight")))
     size = max(float(np.nan_to_num(x, posinf=0.0).max(initial=0.0)) for x in (weight, moved)) or 1.0
-    return np.where(np.isfinite(moved) & trusted(traced)[:, None], moved / size, 0.0).max(1)
+    share: Floats = np.where(np.isfinite(moved) & trusted(traced)[:, None], moved / size, 0.0).max(1)
+    return share
 
 
 # ---- discount --------------------------------------------------------------------------------------------------------
@@ -254,10 +255,8 @@ def placement(traced: Traced, declared: float | None) -> Placement:
         return Placement("lost", 0, lost.sample, lost.gain, width)
     late = [(row, offset) for row, kind, offset in found if kind == "late"]
     if late and set(lengths) <= {"late", "last"}:
-        columns = {len(row.gain) + offset for row, offset in late}
-        if len(columns) == 1 or len({offset for _, offset in late}) == 1:
-            row, offset = max(late, key=lambda one: one[1])
-            return Placement("late", offset, row.sample, row.gain, columns.pop() if len(columns) == 1 else -1)
+        row, offset = max(late, key=lambda one: one[1])
+        return Placement("late", offset, row.sample, row.gain)
     return Placement("last" if set(lengths) == {"last"} else "unknown", 0, first.sample, first.gain)
 
 
@@ -302,14 +301,15 @@ def leaks(traced: Traced) -> Floats:
 
     experiment = traced.experiments.done["poison"]
     moved = np.abs(masked(traced.base, return_response(traced.recovered, traced.experiments, experiment))) / POISON
-    return np.where(np.isfinite(moved), moved, 0.0).max(1)
+    largest: Floats = np.where(np.isfinite(moved), moved, 0.0).max(1)
+    return largest
 
 
 @dataclass(frozen=True)
 class Terminal:
-    """How well the rewards of last tokens are explained without and with ``name`` · V(after) added.
+    """How well the rewards of last tokens are explained by the score alone, and with ``name`` added.
 
-    ``without`` and ``best`` are the largest residuals of reward = score + constant, over the range of V(after).
+    ``without`` and ``best`` are the largest residuals of reward = score + constant, over the range of that value.
     """
 
     samples: Ints
@@ -319,7 +319,7 @@ class Terminal:
 
     @property
     def bootstraps(self) -> bool:
-        """Whether V(after) explains what the score does not."""
+        """Whether a value explains what the score does not."""
         return self.without > 5 * PRECISE and self.best < min(5 * PRECISE, 0.1 * self.without)
 
     @property
@@ -329,29 +329,29 @@ class Terminal:
 
 
 def terminal(traced: Traced, product: float, gamma: float, *, ended: bool) -> Terminal | None:
-    """Whether responses that have ended (or were cut) count the value of the state after their last token.
+    """Whether the last tokens of responses that have ended (or were cut) count a value of what follows.
 
-    None where fewer than two such responses were seen with that value.
+    None where fewer than two such responses were seen.
     """
     base, made = traced.base, traced.recovered
-    if not base.has("value_after"):
-        return None
-    after = base["value_after"][:, 0]
-    rows = np.arange(len(after))
+    rows = np.arange(len(base.samples))
     last = np.maximum(base.real.sum(1) - 1, 0)
     left = made.returns[rows, last] - base.scores - kl_part(traced, product, gamma)[rows, last]
     kind = np.array([s.ended for s in base.samples], dtype=bool)
-    good = trusted(traced) & np.isfinite(left) & np.isfinite(after) & (kind == ended)
-    if good.sum() < 2 or np.ptp(after[good]) < NOTHING:
-        return None
-    span = float(np.ptp(after[good]))
-
-    def residual(weight: float) -> float:
-        return float(np.ptp(left[good] - weight * after[good])) / span
-
-    weights = {"γ": gamma, "γ(1-λ)": gamma - product}
-    name = min(weights, key=lambda n: residual(weights[n]))
-    return Terminal(np.flatnonzero(good), residual(0.0), residual(weights[name]), name)
+    known = trusted(traced) & np.isfinite(left) & (kind == ended)
+    found: list[Terminal] = []
+    candidates = (
+        ("γ of the value of the state after it", gamma, base["value_after"][:, 0]),
+        ("γ(1-λ) of the value of the state after it", gamma - product, base["value_after"][:, 0]),
+        ("γ of the value of its own state", gamma, base["old_value"][rows, last]),
+    )
+    for name, weight, value in candidates:
+        good = known & np.isfinite(value)
+        span = float(np.ptp(value[good])) if good.sum() > 1 else 0.0
+        if span > NOTHING:
+            off, on = (float(np.ptp(left[good] - w * value[good])) / span for w in (0.0, weight))
+            found.append(Terminal(np.flatnonzero(good), off, on, name))
+    return min(found, key=lambda one: one.best, default=None)
 
 
 def recursion(traced: Traced, found: Discount) -> Response | None:
@@ -384,12 +384,12 @@ def baseline(traced: Traced) -> tuple[float, float, Response, bool] | None:
     made = traced.recovered
     row = max(rows, key=lambda one: abs(one.gain[one.at]))
     score = float(scores[0].gain[np.abs(scores[0].gain).argmax()])
-    answered = any(np.abs(one.gain[: one.at]).max(initial=0.0) > NOTHING for one in value_gains(traced, "target"))
-    whole = _fit_windows(
-        masked(traced.base, traced.base["weight"]) / made.row_scale[:, None], made.returns, traced.base
-    )
+    answered = any(np.abs(one.gain[: one.at + 1]).max() > NOTHING for one in value_gains(traced, "target"))
+    weight = masked(traced.base, traced.base["weight"]) / made.row_scale[:, None]
+    whole = _fit_windows(weight, made.returns, traced.base)
     returns = bool(whole) and all(fit.misfit < FOLLOWS for fit in whole.values())
-    return float(row.gain[row.at]), score, row, not answered and not returns
+    subtracted = bool(score) and float((row.gain / score).min()) < -0.5  # from another token
+    return float(row.gain[row.at]), score, row, subtracted or not (answered or returns)
 
 
 def crossed(traced: Traced) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from rlhf_doctor.instruments.tracing import Traced
     "advantages look one state ahead, and not beyond the end",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
-    after=("ADV003", "ADV005", "ADV007"),
+    after=("ADV002", "ADV003", "ADV005", "ADV007"),
 )
 def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
     """
@@ -81,15 +81,15 @@ def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
         yield _beyond(cut, "cut", Severity.INFO)
         return
     if ended is None or not ended.decided:
-        raise Unavailable("needs two responses that end, and a critic asked for the value of the state after them")
+        raise Unavailable("needs two responses that end, with rewards that are their scores up to a constant")
 
 
 def _beyond(found: Any, kind: str, severity: Severity | None) -> Finding:
     message = (
-        f"The last token of responses that end counts {found.name} of the value of the state after it. Nothing follows "
-        "the end: that value should be 0 in the advantages and returns."
+        f"The last token of responses that end counts {found.name}. Nothing follows the end: the value ahead should be "
+        "0 there, in the advantages and in the returns."
         if kind == "end"
-        else "Responses that reach the length limit bootstrap from the value after their last token. That is a "
+        else f"The last token of responses that reach the length limit counts {found.name}. That is a "
         "convention of its own; most code takes them as ended. Either is right if the critic's targets do the same."
     )
     return Finding(
@@ -99,13 +99,13 @@ def _beyond(found: Any, kind: str, severity: Severity | None) -> Finding:
         severity=severity,
         evidence=(
             Evidence(
-                "what the rewards of the last tokens leave unexplained without V(after), over that value's range",
+                "what the score leaves unexplained of the last tokens' rewards, over that value's range",
                 "0",
                 f"{found.without:.3g}",
                 "0.01",
                 where=f"{len(found.samples)} responses",
             ),
-            Evidence(f"the same with {found.name} · V(after) taken out", "0", f"{found.best:.3g}", "0.01"),
+            Evidence(f"the same with {found.name} taken out", "0", f"{found.best:.3g}", "0.01"),
         ),
     )
 

@@ -93,8 +93,8 @@ def group_baseline_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
     elif found.still_mates:
         yield Finding(
             f"{len(found.still_mates)} of the {len(found.mates) + 1} responses to one prompt do not answer to the "
-            "changed score of another: the baseline is taken over a part of the group. It should be that of all responses "
-            "to the prompt: group by the prompt, with the size that is sampled.",
+            "changed score of another: the baseline is taken over a part of the group. It should be that of all "
+            "responses to the prompt: group by the prompt, with the size that is sampled.",
             role="loop",
             confidence=Confidence.PROVEN,
             evidence=(

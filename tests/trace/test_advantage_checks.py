@@ -1,0 +1,140 @@
+"""ADV001 to ADV010 on training loops in other hands' styles, sound ones and ones with a mistake in the advantages.
+
+The faults that the checks ship with are tried with all others in test_selftest.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_doctor.check import registry
+from rlhf_doctor.examine import Options, examine
+from rlhf_doctor.finding import Errored, Finding, Severity
+from rlhf_doctor.selftest import group_loop
+from rlhf_doctor.selftest.loops import reference_step
+from rlhf_doctor.setups import RLHFSetup
+
+CODES = tuple(code for code in registry() if code.startswith("ADV"))
+STYLES = (
+    "backbone_direct",
+    "grpo_groups",
+    "joined_v_head",
+    "lora_adapter_off",
+    "micro_batches",
+    "plain_modules",
+    "right_padded_sums",
+)
+PLANTED = [
+    (style, fault, code, role)
+    for style in STYLES
+    for fault, (code, role) in importlib.import_module(f"loops.{style}").FAULTS.items()
+    if code in CODES
+]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def findings(setup: RLHFSetup) -> list[tuple[str, Finding]]:
+    """(code, finding); a crash or a setup that cannot be judged fails."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            found = examine(setup, select=CODES, options=Options(show=False))
+    finally:
+        torch.set_num_threads(threads)
+    crashed = [o.traceback for o in found.outcomes.values() if isinstance(o, Errored)]
+    assert not crashed, crashed[0]
+    assert found.errors == ()
+    return list(found.findings)
+
+
+@functools.cache
+def of_style(style: str, fault: str | None, **more: Any) -> list[tuple[str, Finding]]:
+    """What is found in a loop of this style."""
+    module = pytest.importorskip(f"loops.{style}", exc_type=ImportError)
+    return findings(RLHFSetup.from_mapping(module.build(fault, **more), origin=style))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_sound_loops_are_silent(style: str) -> None:
+    assert of_style(style, None) == []
+
+
+def test_a_sound_loop_with_a_reward_function_is_silent() -> None:
+    assert of_style("plain_modules", None, reward="texts") == []
+
+
+@pytest.mark.parametrize(("style", "fault", "code", "role"), PLANTED, ids=[f"{s}-{f}" for s, f, *_ in PLANTED])
+def test_planted_mistakes_are_found_and_nothing_else(style: str, fault: str, code: str, role: str) -> None:
+    found = of_style(style, fault)
+    assert (code, role) in [(c, f.role) for c, f in found]
+    grave = {c for c, f in found if (f.severity or registry()[c].severity) is not Severity.INFO}
+    assert grave <= {code}
+
+
+def test_reference_step_is_silent(healthy: RLHFSetup) -> None:
+    assert findings(reference_step(healthy)) == []
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"whiten_advantages": False},
+        {"whiten_rewards": True},
+        {"micro_batch_size": 4},
+        {"gamma": 0.97, "lam": 1.0},
+        {"lam": 0.0},
+    ],
+    ids=str,
+)
+def test_reference_step_with_other_settings_is_silent(healthy: RLHFSetup, settings: dict[str, Any]) -> None:
+    assert findings(reference_step(healthy, settings=settings)) == []
+
+
+def test_groups_of_the_reference_are_silent(healthy: RLHFSetup) -> None:
+    assert findings(group_loop.setup(healthy, group_loop.own_group)) == []
+
+
+def test_leave_one_out_adds_up_to_zero_too(healthy: RLHFSetup) -> None:
+    def leave_one_out(scores: torch.Tensor) -> torch.Tensor:
+        grouped = scores.view(group_loop.PROMPTS, group_loop.SIZE)
+        others = (grouped.sum(1, keepdim=True) - grouped) / (group_loop.SIZE - 1)
+        return (grouped - others).flatten()
+
+    assert findings(group_loop.setup(healthy, leave_one_out).but(declared={"algorithm": "rloo"})) == []
+
+
+def test_whitening_in_each_minibatch_is_mentioned_only(healthy: RLHFSetup) -> None:
+    from rlhf_doctor.selftest import advantage_faults
+
+    setup = reference_step(
+        healthy,
+        parts={"policy_loss": advantage_faults.policy_loss_of(advantage_faults.white)},
+        settings={"whiten_advantages": False},
+        declared={"whiten_advantages": True},
+    )
+    assert [(code, finding.severity) for code, finding in findings(setup)] == [("ADV004", Severity.INFO)]
+
+
+def test_a_score_one_slot_after_the_end_with_its_value_kept_is_mentioned_only(healthy: RLHFSetup) -> None:
+    def one_later(r: Any, v: Any, mask: Any, gamma: float, lam: float) -> Any:
+        """As in OpenAI's summarize-from-feedback: the slot after the end holds the score and its value."""
+        from reference_impl import ops
+
+        wide = mask | torch.nn.functional.pad(mask[:, :-1], (1, 0))
+        last = mask.sum(1) - 1
+        rows = torch.arange(len(r))
+        moved = r.clone()
+        short = last + 1 < r.shape[1]
+        moved[rows[short], last[short] + 1] = moved[rows[short], last[short]]
+        moved[rows[short], last[short]] = 0
+        return ops.gae(moved, v, wide, gamma, lam).masked_fill(~mask, 0)
+
+    found = findings(reference_step(healthy, parts={"gae": one_later}))
+    assert {(code, finding.severity) for code, finding in found} == {("ADV002", Severity.INFO)}
