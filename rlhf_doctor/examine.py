@@ -232,10 +232,12 @@ def examine(
     ignore: Sequence[str] = (),
     options: Options | None = None,
     progress: Progress = lambda _: None,
+    known: Mapping[str, Any] | None = None,
 ) -> Examination:
     """Examine a setup: measure what the chosen checks ask for, role by role, and run them.
 
-    Models given as paths are loaded one at a time and released. Objects are left bit for bit as they were.
+    Models given as paths are loaded one at a time and released. Objects are left bit for bit as they were. Facts that
+    are ``known`` already, by their full names, are not measured.
 
     Raises:
         KeyError: ``select`` or ``ignore`` has a name that is neither a code nor a family.
@@ -246,7 +248,7 @@ def examine(
     needs = [name for c in chosen.values() for name in c.needs]
     if options.show:
         needs += SHOWN.get(options.stage, SHOWN[Stage.TRACE])
-    given: dict[str, Any] = {"setup": setup, "options": options, "progress": progress}
+    given: dict[str, Any] = {**(known or {}), "setup": setup, "options": options, "progress": progress}
     if options.stage is Stage.STATIC:
         outcomes, errors, shown = _run(chosen, needs, Facts(given, options, progress), lambda role: None)
     else:

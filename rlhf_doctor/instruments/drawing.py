@@ -53,6 +53,8 @@ class Drawing:
         """Responses drawn with other random numbers, before any update; None where the step does not get so far."""
         from rlhf_doctor.trace.engines import watched_run
 
+        if self.setup.step is None:  # a program that was watched
+            return None
         if seed not in self.cache:
             run = watched_run(self.setup, self.temperatures, times=1, hold=True, seed=seed)
             self.cache[seed] = None if run.error else _drawn(run, self.setup, self.first.table.temperature, held=True)
@@ -81,13 +83,13 @@ def drawing(setup: Any, traced: Traced) -> Drawing:
     if not base.samples:
         raise Unavailable("no response was seen: the policy was not called on token ids, or nothing was trained")
     temperatures = (base.temperature, *(base.temperature * factor for factor in NEARBY))
-    first = _drawn(found.first, setup, base.temperature, base, held=True)
+    first = _drawn(found.first, setup, base.temperature, base, held=not traced.watched)
     second = None
     if found.second_run is not None and found.second is not None:
         second = _drawn(found.second_run, setup, base.temperature, found.second)
     updates = int(base.windows["policy"].max()) + 1 if len(base.windows.get("policy", ())) else 0
     by = _by(first)
-    if not by or (updates > 1 and not _known(first.draws.old)):
+    if setup.step is not None and (not by or (updates > 1 and not _known(first.draws.old))):
         watched = _watched(setup, temperatures, base.temperature)
         if watched and (_by(watched[0]) or _known(watched[0].draws.old)):
             by = by or ("copy" if _by(watched[0]) else "")
@@ -119,7 +121,7 @@ def _drawn(run: Run, setup: Any, temperature: float, table: Table | None = None,
     special = Special.of(setup)
     table = table or tabulate(run, setup, temperature)
     made = draws(run, table, special, held=held)
-    if made.lost > made.placed:
+    if all(made.lost[name] >= made.placed[name] for name in ("old", "new")):
         samples, _ = _from_rows(split_generation(run.calls)[1], setup, special)
         table = tabulate(run, setup, temperature, samples=samples)
         made = draws(run, table, special, held=held)

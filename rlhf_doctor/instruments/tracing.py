@@ -18,11 +18,15 @@ __all__ = ["Traced", "traced"]
 
 @dataclass(frozen=True)
 class Traced:
-    """What a step does to the four models: the runs, and the algorithm recovered from them."""
+    """What a step does to the four models: the runs, and the algorithm recovered from them.
+
+    ``watched`` says that the run went by once, by itself: nothing could be changed, and updates were not held back.
+    """
 
     experiments: Experiments
     recovered: Recovered
     temperature: float
+    watched: bool = False
 
     @property
     def base(self) -> Table:
