@@ -9,11 +9,12 @@ from rlhf_doctor.finding import Stage
 
 if TYPE_CHECKING:
     from rlhf_doctor.instruments.tracing import Traced
+    from rlhf_doctor.trace.controller import Controlled
     from rlhf_doctor.trace.divergence import Divergence
     from rlhf_doctor.trace.penalty import Leak, Surplus
     from rlhf_doctor.trace.reference import ReferenceView
 
-__all__ = ["kl_leak", "kl_terms", "last_rewards", "reference_view"]
+__all__ = ["kl_controller", "kl_leak", "kl_terms", "last_rewards", "reference_view"]
 
 
 @fact(Stage.TRACE)
@@ -55,3 +56,23 @@ def kl_leak(traced: Traced, last_rewards: Surplus) -> Leak:
         why = reasons.get("rollout outputs") or reasons.get("*") or "the reference was not seen on the samples"
         raise Unavailable(why)
     return found
+
+
+@fact(Stage.TRACE)
+def kl_controller(traced: Traced, setup: Any, kl_terms: Divergence) -> Controlled:
+    """The KL coefficient of two steps in a row. An adaptive one is watched in two steps more.
+
+    Raises:
+        Unavailable: kl_adaptive is not declared, or one of the coefficients cannot be read.
+    """
+    if not isinstance(setup.declared.get("kl_adaptive"), bool):
+        raise Unavailable("needs kl_adaptive to be declared")
+    from rlhf_doctor.trace.controller import controlled
+
+    for place, penalty in (("reward", kl_terms.reward), ("loss", kl_terms.loss)):
+        if penalty is not None and penalty.best is not None:
+            found = controlled(traced, setup, penalty.best, place)
+            if isinstance(found, str):
+                raise Unavailable(found)
+            return found
+    raise Unavailable("needs a KL of a known estimator that acts in the rewards or in the loss")

@@ -162,3 +162,17 @@ def score_with(factor: float = 1.0, *, always: bool = False) -> Callable[..., An
         return healthy.score(reward, rollout, missing_eos_penalty=factor * missing_eos_penalty)
 
     return score
+
+
+ADAPTIVE: dict[str, Any] = {"kl_adaptive": True, "kl_target": 0.5, "kl_horizon": 1000}
+
+
+def controller(share: float = 1.0) -> Any:
+    """An adaptive controller that is told this share of the KL."""
+    from reference_impl import ppo
+
+    class Told(ppo.AdaptiveKL):
+        def update(self, kl: float, samples: int) -> None:
+            super().update(share * kl, samples)
+
+    return Told(0.05, ADAPTIVE["kl_target"], ADAPTIVE["kl_horizon"])

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.divergence import VALUES, Divergence, old_logp, reference_logp
+from rlhf_doctor.trace.divergence import Divergence
+from rlhf_doctor.trace.estimators import VALUES, old_logp, reference_logp
 from rlhf_doctor.trace.recover import masked, return_response
+from rlhf_doctor.trace.taps import CANDIDATES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlhf_doctor.instruments.tracing import Traced
+    from rlhf_doctor.trace.table import Table
 
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
@@ -52,6 +55,8 @@ class Leak:
     steady: float | None
     steady_samples: int
     samples: int
+    slots: int  # masked ones of a reference pass that were moved
+    later: float  # policy gradient in masked slots in a second step, of a run that has none in its first
 
 
 def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> Surplus:
@@ -106,7 +111,7 @@ def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
 
     def still(name: str) -> Bools:
         away = masked(base, moved.moved(base, name))
-        return ~(np.isfinite(away) & (away != 0)).any(1)
+        return np.asarray(~(np.isfinite(away) & (away != 0)).any(1), dtype=bool)
 
     chosen = moved.touched & still("ref_logp") & still("old_value")
     response = return_response(traced.recovered, traced.experiments, moved)
@@ -123,8 +128,27 @@ def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
             best = grown, float(before[chosen].sum()), "after the response" if where == "after" else "in the prompt"
     return Leak(
         max(largest - 3 * common, 0.0), int(inside.sum()), best[0], best[1], best[2], steady, steady_samples,
-        int(chosen.sum()),
+        int(chosen.sum()), _slots(base, chosen), _later(traced),
     )  # fmt: skip
+
+
+def _slots(base: Table, chosen: Bools) -> int:
+    lengths, count = base.real.sum(1), 0
+    for placed in base.placed:
+        if placed.call.role == "reference" and placed.call.candidates is not None:
+            at = np.maximum(placed.sample, 0)
+            away = (placed.state < 0) | (placed.state >= lengths[at])
+            following = placed.call.candidates[:, CANDIDATES.index(1)].cpu().numpy() >= 0
+            count += int(((placed.sample >= 0) & chosen[at] & away & following).sum())
+    return count
+
+
+def _later(traced: Traced) -> float:
+    """Once the policy has left its reference, a KL of masked slots has a gradient there."""
+    base, second = traced.base, traced.experiments.second
+    if second is None or any(base.outside.get(f"policy_{w}", np.zeros(1)).any() for w in ("after", "prompt")):
+        return 0.0
+    return float(sum(second.outside.get(f"policy_{w}", np.zeros(1)).sum() for w in ("after", "prompt")))
 
 
 def _steady(found: Surplus) -> tuple[float | None, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf_doctor.trace.divergence import old_logp
+from rlhf_doctor.trace.estimators import old_logp
 from rlhf_doctor.trace.recover import masked
 
 if TYPE_CHECKING:

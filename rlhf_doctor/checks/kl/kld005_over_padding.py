@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def kl_over_padding(kl_leak: Leak) -> Iterator[Finding]:
         The step is run again with the reference's logits moved in the slots of some responses that hold no token of
         them: the prompt, and what comes after the end of sequence. Neither the rewards of their tokens, read off the
         critic's gradient, nor the policy's gradient in those slots may move. And without any change, the reward at the
-        last token must not grow with the number of slots behind it.
+        last token must not grow with the number of slots behind it, nor may a gradient come up in masked slots once the
+        policy has left its reference.
 
     Why it matters:
         What a model says of pads is noise. A KL there becomes a penalty of the tokens before it, through the sum of
@@ -59,6 +61,11 @@ def kl_over_padding(kl_leak: Leak) -> Iterator[Finding]:
         size = f"{found.gradient_before + found.gradient:.3g}"
         before = f"{found.gradient_before:.3g}"
         evidence.append(Evidence(f"policy gradient {found.where}", before, size, "0.1%", f"{found.samples} responses"))
+    if found.later > 0:
+        what = "policy gradient in masked slots in the second step"
+        evidence.append(
+            Evidence(what, "0, as in the first", f"{found.later:.3g}", "none", "the step after the first updates")
+        )
     if evidence:
         yield Finding(
             f"Slots that hold no response token add to the KL in the {into}. Only tokens of the response should: set "
@@ -67,6 +74,8 @@ def kl_over_padding(kl_leak: Leak) -> Iterator[Finding]:
             confidence=Confidence.PROVEN,
             evidence=tuple(evidence),
         )
+    elif not found.slots:
+        raise Unavailable("needs a response that is shorter than others of its batch")
 
 
 @kl_over_padding.fault("a KL loss summed over all slots")

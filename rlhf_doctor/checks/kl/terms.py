@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rlhf_doctor.facts import Unavailable
 
 if TYPE_CHECKING:
-    from rlhf_doctor.trace.divergence import Divergence, Fit
+    from rlhf_doctor.trace.divergence import Divergence
+    from rlhf_doctor.trace.estimators import Fit
 
 __all__ = ["declared_estimator", "declared_place", "places", "where_of"]
 
