@@ -164,7 +164,7 @@ def wiring_sentence(rows: list[dict[str, Any]], roles: list[dict[str, Any]]) -> 
         there = sum(one["verdict"] == "there" for one in rows)
         if open_ and not there:
             return "The wiring could not be measured."
-        rest = "" if open_ else ", and no other is"
+        rest = ", and no other is" if all(one["verdict"] != "unknown" for one in rows) else ""
         said.append(
             f"The wiring is as declared: {counted(there, 'influence')} that should be there {_are(there)}{rest}."
         )

@@ -305,4 +305,5 @@ def test_the_sentence_names_what_is_amiss(verdicts: tuple[str, str]) -> None:
     assert ("Missing" in said) == ("missing" in verdicts)
     assert ("Not expected" in said) == ("unexpected" in verdicts)
     assert ("as declared" in said) == (set(verdicts) in ({"there"}, {"there", "unknown"}))
+    assert ("no other" in said) == (set(verdicts) == {"there"})
     assert said.endswith(".")
