@@ -1,0 +1,300 @@
+"""One more run of the step: values moved beyond their clip, ratios of idle slots poisoned, gradients counted.
+
+The gradient that each backward pass brings to a parameter is caught before it is added up; what an optimizer then finds
+tells what was left from before, and what was cut away.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rlhf_doctor.trace import changes
+from rlhf_doctor.trace.keep import run_kept
+from rlhf_doctor.trace.recover import masked
+from rlhf_doctor.trace.runs import Run, Stepper
+from rlhf_doctor.trace.table import Placed, Table, tabulate
+from rlhf_doctor.trace.taps import Call, Change, Enough, Recorder
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rlhf_doctor.finding import Role
+    from rlhf_doctor.instruments.tracing import Traced
+    from rlhf_doctor.setups import RLHFSetup
+
+    Floats = NDArray[np.float64]
+
+__all__ = ["CUT", "LEFT", "Disturbed", "Flow", "NotFinite", "ValueClip", "disturb", "not_finite", "run_changed"]
+
+POISON = 1e3  # nats between the logits of one row
+SAMPLE = 4096  # entries of a parameter that are watched
+LEFT = 1e-5  # of a gradient: what was there before its backward pass and should not have been
+CUT = 1e-8  # of a gradient: what no clip that is meant and no loss scale leaves
+
+
+@dataclass
+class Flow:
+    """Of one role, by update: what its gradient held before the first backward pass, and what its optimizer found.
+
+    Both over what the backward passes brought: 0 and 1 where all is well and nothing is clipped.
+    """
+
+    before: list[float] = field(default_factory=list)
+    found: list[float] = field(default_factory=list)  # also seen from later passes where steps are made by hand
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """Rows of trained heads whose gradient is NaN or infinite, inside of the responses and outside."""
+
+    inside: int
+    outside: int
+    rows: int
+
+    def __bool__(self) -> bool:
+        return bool(self.inside or self.outside)
+
+
+@dataclass(frozen=True)
+class ValueClip:
+    """``kind``: "acts", "none" (never cuts), "exchanged" (cuts away from the return), "" (cannot be told).
+
+    ``toward`` and ``away`` count tokens moved past the clip towards their return and away from it.
+    """
+
+    kind: str
+    toward: int
+    away: int
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """What the run showed. ``clip`` is None where no values were moved, ``poisoned`` counts rows."""
+
+    clip: ValueClip | None
+    flows: dict[Role, Flow]
+    poisoned: int
+    finite: NotFinite
+    error: str
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+class Watcher(Recorder):
+    """A recorder that also adds up what backward passes bring to a few parameters of each trained role."""
+
+    def __init__(self, setup: RLHFSetup, **options: Any) -> None:
+        super().__init__(setup, **options)
+        self.flows: dict[Role, Flow] = {}
+        self.watched: list[_Watched] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hooks on the parameters, taken off afterwards."""
+        seen: set[int] = set()
+        handles = []
+        for role in ("policy", "value"):
+            module = self._modules.get(role)
+            named = [] if module is None else [p for p in module.parameters() if p.requires_grad and p.numel() > 1]
+            for p in _few(named):
+                if id(p) not in seen:
+                    seen.add(id(p))
+                    one = _Watched(p, role, self.flows.setdefault(role, Flow()))
+                    self.watched.append(one)
+                    handles.append(p.register_hook(one.brought))  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _make(self, role: Role, *given: Any) -> Call:
+        for one in self.watched:
+            if one.role == role:
+                one.looked()
+        return super()._make(role, *given)
+
+    def stepped(self, optimizer: Any) -> None:
+        """An optimizer steps, or would have."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for one in self.watched:
+            if id(one.parameter) in held:
+                one.stepped()
+        super().stepped(optimizer)
+
+
+class _Watched:
+    """One parameter: the sum of what backward passes brought since its last update."""
+
+    def __init__(self, parameter: torch.Tensor, role: str, flow: Flow) -> None:
+        self.parameter, self.role, self.flow = parameter, role, flow
+        self.sum: torch.Tensor | None = None
+        self.passes = 0
+        self.updates = 0
+        self.weights = self._part(parameter)
+
+    def _part(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.detach().reshape(-1)
+        return flat[:: max(1, len(flat) // SAMPLE)].double().cpu()
+
+    def brought(self, gradient: torch.Tensor) -> None:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            weights = self._part(self.parameter)
+            if not torch.equal(weights, self.weights):  # updated by hand
+                self.weights, self.sum, self.passes = weights, None, 0
+                self.updates += 1
+            mine = self._part(gradient)
+            before = self.parameter.grad
+            if self.passes == 0 and self.updates and float(mine.norm()):
+                self.flow.before.append(0.0 if before is None else float(self._part(before).norm() / mine.norm()))
+            self.sum = mine if self.sum is None else self.sum + mine
+            self.passes += 1
+
+    def stepped(self) -> None:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            if self.sum is not None and float(self.sum.norm()):
+                now = self.parameter.grad
+                self.flow.found.append(0.0 if now is None else float(self._part(now).norm() / self.sum.norm()))
+            self.sum, self.passes = None, 0
+            self.updates += 1
+
+    def looked(self) -> None:
+        """A later pass begins: where steps are made by hand, the gradient that they used may still be there."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            now = self.parameter.grad
+            if self.sum is not None and now is not None and float(self.sum.norm()):
+                self.flow.found.append(float(self._part(now).norm() / self.sum.norm()))
+
+
+def _few(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Some that most certainly get a gradient: of the middle and of the end."""
+    count = len(parameters)
+    return [parameters[i] for i in sorted({count // 3, count // 2, 2 * count // 3, count - 1})] if count else []
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def run_changed(
+    setup: RLHFSetup,
+    traced: Traced,
+    made: Sequence[Change],
+    *,
+    text: Callable[[int, list[float]], list[float]] | None = None,
+    windows: int | None = None,
+) -> tuple[Run, Table | None, dict[Role, Flow]]:
+    """Run the step with optimizers held back and these changes; an error of the step is kept, not raised."""
+    stepper = Stepper(setup, (traced.temperature,))
+    trained = frozenset(c.role for c in traced.experiments.first.calls if c.backwards)
+    watcher = Watcher(
+        setup, temperatures=stepper.temperatures, changes=made, hold=True, text_change=text, last_window=windows,
+        known_optimizers=stepper.snapshot.optimizers, trained=trained,
+    )  # fmt: skip
+    error, boundaries, stopped = "", [], False
+    with run_kept(stepper.snapshot):
+        try:
+            with warnings.catch_warnings(), watcher.watching(), watcher.listening(), torch.enable_grad():
+                warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+                setup.step()  # type: ignore[misc]  # there is one: it was traced
+                boundaries.append(watcher.order)
+        except Enough:
+            stopped = True
+        except Exception as raised:  # the setup's code may raise anything
+            error = " ".join(f"{type(raised).__name__}: {raised}".split())[:200]
+    run = Run(watcher.calls, watcher.texts, watcher.steps, stopped, 0.0, {}, boundaries, None, error)
+    table = tabulate(run, setup, traced.temperature, samples=traced.base.samples) if run.calls else None
+    return run, table, watcher.flows
+
+
+def disturb(setup: RLHFSetup, traced: Traced) -> Disturbed:
+    """Make the run."""
+    base = traced.base
+    declared = setup.declared.get("clip_range_value")
+    size = float(declared) if isinstance(declared, (int, float)) and declared > 0 else None
+    values = _values(base, size)
+    made: list[Change] = []
+    if np.any(values):
+        made.append(changes.at_states(base, "value", values, changes.is_update))
+    poisoned = sum(
+        int((_idle(base, p) != 0).sum()) for p in base.placed if p.call.role == "policy" and changes.is_update(p)
+    )
+    if poisoned:
+        made.append(changes.at_columns(base, "policy", lambda p: _idle(base, p), changes.is_update))
+        made.append(changes.at_columns(base, "policy", lambda p: -_idle(base, p), changes.is_old))
+    run, table, flows = run_changed(setup, traced, made)
+    clip = _value_clip(traced, table, size) if table is not None and np.any(values) else None
+    return Disturbed(clip, flows, poisoned, not_finite(table), run.error)
+
+
+def _value_clip(traced: Traced, table: Table, clip: float | None) -> ValueClip:
+    """Compare ∂L/∂V with that of the plain square, κ (V - R), where V was moved past the clip."""
+    base, made = traced.base, traced.recovered
+    old = base["old_value"] if base.has("old_value") else base["value"]
+    returns, moved = made.returns, masked(base, table["value"])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = masked(base, table["value_gradient"]) / (made.kappa * (moved - returns))
+    held = old + np.clip(moved - old, -(clip or np.inf), clip or np.inf)
+    now, clipped = np.abs(moved - returns), np.abs(held - returns)
+    known = np.isfinite(kept)
+    toward = known & (now < 0.95 * clipped) & (clip is not None)
+    away = known & ((now > 1.05 * clipped) if clip else (now > 1.5 * np.abs(old - returns)))
+    gone, full = np.abs(kept) < 0.05, np.abs(kept - 1) < 0.05
+    kind = ""
+    if away.sum() >= 4 and gone[away].mean() > 0.8:
+        kind = "exchanged"
+    elif toward.sum() >= 4 and full[toward].all():
+        kind = "none"
+    elif toward.sum() >= 4 and gone[toward].mean() > 0.8:
+        kind = "acts"
+    return ValueClip(kind, int(toward.sum()), int(away.sum()))
+
+
+def _values(base: Table, clip: float | None) -> Floats:
+    """Twice the clip range up or down, at every fourth token far beyond it and beyond every return."""
+    if not base.has("value_gradient"):
+        return np.zeros(base.tokens.shape)
+    spread = float(np.nanmax(np.abs(base["value"]))) + float(np.nanmax(np.abs(base.scores), initial=0.0)) + 1.0
+    size = np.full(base.tokens.shape, 2 * clip if clip else 0.5 * spread)
+    order = np.arange(size.size).reshape(size.shape)
+    size = np.where(order % 4 == 0, 10 * spread, size)
+    signs = np.random.default_rng(7).choice([-1.0, 1.0], size.shape)
+    made: Floats = size * signs * base.real
+    return made
+
+
+def _idle(base: Table, placed: Placed) -> Floats:
+    """Poison at the states before the responses, and those past the state that follows the last token.
+
+    Its sign changes from state to state, so that tokens of small and of large ids get both.
+    """
+    lengths = np.array([len(s.response) for s in base.samples] or [0])
+    at = np.maximum(placed.sample, 0)
+    away = (placed.sample >= 0) & ((placed.state < -1) | (placed.state > lengths[at]))
+    return np.where(away, np.where(placed.state % 2 == 0, POISON, -POISON), 0.0)
+
+
+def not_finite(table: Table | None) -> NotFinite:
+    """Count rows of trained heads whose gradient is not finite."""
+    inside = outside = rows = 0
+    for placed in table.placed if table is not None else ():
+        kept = placed.call.gradient
+        if not placed.call.backwards or not kept or table is None:
+            continue
+        numbers = (
+            kept["scalar"] if "scalar" in kept else kept["at_columns"].sum(-1) + kept["at_action"] + kept["others"]
+        )
+        bad = ~torch.isfinite(numbers).cpu().numpy()
+        real = (placed.sample >= 0) & (placed.state >= 0) & (placed.state < table.real.shape[1])
+        real &= table.real[np.maximum(placed.sample, 0), np.clip(placed.state, 0, table.real.shape[1] - 1)]
+        inside += int((bad & real).sum())
+        outside += int((bad & ~real).sum())
+        rows += len(bad)
+    return NotFinite(inside, outside, rows)
