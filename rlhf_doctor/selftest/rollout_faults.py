@@ -13,6 +13,7 @@ from reference_impl.rollout import Rollout, response_mask, sample, score
 
 __all__ = [
     "altered",
+    "attending_to_pads_before",
     "blind_training",
     "every_row_the_same",
     "leaves_out_the_first",
@@ -26,8 +27,8 @@ __all__ = [
     "scores_of_others",
     "stale",
     "trains_past_the_end",
+    "values_of_every_column",
     "values_of_others",
-    "with_dropout",
 ]
 
 
@@ -53,12 +54,11 @@ def blind_training(model: Any, ids: Any, attention_mask: Any, T: int, temperatur
     return roles.response_logprobs(model, ids, attention_mask, T, temperature)
 
 
-def with_dropout(model: Any, ids: Any, attention_mask: Any, T: int, temperature: float) -> Any:
-    """The update's pass drops hidden states."""
-    if not torch.is_grad_enabled():
+def attending_to_pads_before(model: Any, ids: Any, attention_mask: Any, T: int, temperature: float) -> Any:
+    """The passes without gradient, those before the update, attend to the padding."""
+    if torch.is_grad_enabled():
         return roles.response_logprobs(model, ids, attention_mask, T, temperature)
-    hidden = roles.hidden_states(model, ids[:, :-1], attention_mask[:, :-1], T)
-    hidden = torch.nn.functional.dropout(hidden, 0.1)
+    hidden = model.base_model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state[:, -T:]
     return ops.token_logprobs(hidden, model.get_output_embeddings(), ids[:, -T:], temperature)
 
 
@@ -97,6 +97,13 @@ def leaves_out_the_first(loss: Callable[..., Any]) -> Callable[..., Any]:
 def mask_left_out(values: Any, old_values: Any, returns: Any, mask: Any, clip: float, count: Any) -> Any:
     """A value loss over every column."""
     return ops.clipped_value_loss(values, old_values, returns, torch.ones_like(mask), clip, count)
+
+
+def values_of_every_column(model: Any, ids: Any, attention_mask: Any) -> Any:
+    """Values of the padding too."""
+    at = roles.positions(attention_mask)
+    hidden = model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=at).last_hidden_state
+    return roles.scalar_head(model)(hidden).squeeze(-1)
 
 
 def sample_seeded(*args: Any, **kwargs: Any) -> Rollout:

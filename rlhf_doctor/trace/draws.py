@@ -60,8 +60,7 @@ class Draws:
         old_logp: of the drawn token at the table's temperature; ``new_logp`` likewise.
         contexts: sample -> the ids that the sampler was given before the first token.
         strange: what was drawn and altered before it was trained on.
-        lost: rows of the passes that belong to no sample.
-        placed: rows that do.
+        placed, lost: how many rows of the pass before the update, and of the update's, belong to a sample, and to none.
     """
 
     row: Ints
@@ -72,8 +71,9 @@ class Draws:
     new_logp: Floats
     contexts: dict[int, tuple[int, ...]]
     strange: list[Strange]
-    lost: int = 0
-    placed: int = 0
+    copies: int  # rows of the pass before the update that are another row once more
+    placed: dict[str, int]
+    lost: dict[str, int]
 
 
 def apart(a: Floats, b: Floats) -> Floats:
@@ -153,6 +153,7 @@ def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Dr
     made = Draws(
         np.full(len(table.samples), -1), np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan),
         np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), {}, _strange(calls, episodes, special),
+        0, {"old": 0, "new": 0}, {"old": 0, "new": 0},
     )  # fmt: skip
     offset = 0
     for chain in episodes:
@@ -284,8 +285,10 @@ def _passes(
         if moved or (call.window > window and not held):
             continue
         placed = _place(call, places, used[update])
-        made.lost += int((placed.row_sample < 0).sum())
-        made.placed += int((placed.row_sample >= 0).sum())
+        found = placed.row_sample[placed.row_sample >= 0]
+        made.copies += 0 if update else len(found) - len(set(found.tolist()))
+        made.lost["new" if update else "old"] += int((placed.row_sample < 0).sum())
+        made.placed["new" if update else "old"] += int((placed.row_sample >= 0).sum())
         logp = _logp(table, placed, table.temperature)
         logs = (call.at_columns.double() - call.lse[1.0].double()[:, None]).cpu().numpy()
         inside = _responses(placed, table)

@@ -19,11 +19,24 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["MOST", "Actions", "Gap", "Other", "actions", "adapter_off", "old_and_new", "sampler_gap", "weighed"]
+__all__ = [
+    "MOST",
+    "Actions",
+    "Gap",
+    "Other",
+    "actions",
+    "adapter_off",
+    "old_and_new",
+    "other_texts",
+    "sampler_gap",
+    "weighed",
+]
 
 MOST = 0.5  # of the samples
+SHARE = 0.02  # of the tokens that may be apart
 FLOOR = 2e-4, 0.05  # nats, in float32 and in half precision
 CLEAN = 1e-2  # misfit of a gradient up to which its token is told
+CLIPPED = 0.01  # of the largest weight: what is below may be clipped away
 EXPLAINED = 0.02  # misfit, of the range of the weights
 
 
@@ -75,7 +88,13 @@ def _half(logs: Floats) -> bool:
 def sampler_gap(drawing: Drawing, step: Drawn, than: Gap | None = None) -> Gap | None:
     """The sampler's words beside the scored policy's, by sample; ``than`` sets the limit by another step's gap."""
     made = step.draws
-    found = np.fmin(apart(made.sampled, made.old), apart(made.sampled, made.new))
+    before, update = apart(made.sampled, made.old), apart(made.sampled, made.new)
+    between = apart(made.old, made.new)
+    known = np.isfinite(between) & step.table.real
+    apart_too = (
+        known.any() and float((between[known] > drawing.rounding).mean()) > SHARE
+    )  # then the old ones may be off
+    found = update if apart_too else np.fmin(before, update)
     found[~step.table.real] = np.nan
     rows = np.flatnonzero(np.isfinite(found).any(1))
     if not len(rows):
@@ -96,6 +115,21 @@ def sampler_gap(drawing: Drawing, step: Drawn, than: Gap | None = None) -> Gap |
         float(beyond.mean()), float(sizes.mean()), float(np.median(sizes)), float(np.nanmax(found[rows])), limit,
         int(np.isfinite(found[rows]).sum()), len(rows), bool(beyond.all()), contexts=tuple(contexts),
     )  # fmt: skip
+
+
+def other_texts(drawing: Drawing) -> Other | None:
+    """The update's pass reads texts that nobody drew, and the pass before it reads those that were drawn."""
+    placed, lost = drawing.first.draws.placed, drawing.first.draws.lost
+    if lost["new"] <= placed["new"] or lost["old"] >= placed["old"]:
+        return None
+    return Other(
+        "The update's pass reads other ids than the pass before it, so the ratio is not 1 before the first update. "
+        "Give both the same ids, attention mask and positions.",
+        "rows of the update that are texts as they were drawn",
+        "all",
+        f"{placed['new']} of {placed['new'] + lost['new']}",
+        where="first epoch",
+    )
 
 
 @dataclass(frozen=True)
@@ -172,7 +206,8 @@ def _logp_at_one(table: Table) -> Floats:
 
 def _misfit(y: Floats, advantages: Floats, ratio: Floats) -> tuple[float, int]:
     """Of y = ratio (slope · advantage + intercept): root mean square residual over the range, and how many points."""
-    use = np.isfinite(y) & np.isfinite(advantages) & np.isfinite(ratio) & (y != 0)
+    use = np.isfinite(y) & np.isfinite(advantages) & np.isfinite(ratio)
+    use &= np.abs(y) > CLIPPED * np.nanmax(np.abs(y), initial=0.0)
     if use.sum() < 5:
         return np.inf, 0
     design = np.stack([ratio[use] * advantages[use], ratio[use]], 1)

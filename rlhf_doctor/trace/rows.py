@@ -7,19 +7,25 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rlhf_doctor.facts import Broken
 from rlhf_doctor.finding import Role
+from rlhf_doctor.trace import changes
 from rlhf_doctor.trace.interventions import Experiment, Experiments
 from rlhf_doctor.trace.recover import Recovered
+from rlhf_doctor.trace.runs import Stepper
 from rlhf_doctor.trace.spans import Spans, spans
-from rlhf_doctor.trace.table import Table
+from rlhf_doctor.trace.table import Table, tabulate
+from rlhf_doctor.trace.taps import Change
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rlhf_doctor.setups import RLHFSetup
+
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Moved", "Slots", "masks_of_others", "score_moves", "slots_off", "value_moves"]
+__all__ = ["Moved", "Slots", "group_moves", "masks_of_others", "score_moves", "slots_off", "value_moves"]
 
 STILL = 0.01  # of the largest movement: what rounding leaves
 TARGETS, WEIGHTS = "critic's targets", "policy's weights"
@@ -59,19 +65,76 @@ def score_moves(found: Experiments, recovered: Recovered) -> Moved | None:
     return None if every is None else _exchanged(found.base, every, recovered)
 
 
-def value_moves(found: Experiments) -> Moved | None:
-    """Rollout values of some samples were changed: the same of them."""
-    experiment = found.done.get("rollout outputs")
-    if experiment is None or not found.base.has("old_value"):
+def value_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
+    """Rollout values of some samples were changed: the same of them. Runs the step once more where some keep still."""
+    experiment, base = found.done.get("rollout outputs"), found.base
+    if experiment is None or not base.has("old_value"):
         return None
-    moves = _moves(found.base, experiment, "value_gradient")
-    # One state of each sample is changed by its value, several by the reference: those answer for themselves.
-    changed = (experiment.amounts != 0).sum(1)
-    touched = experiment.touched & (changed == 1) & (found.base.real.sum(1) > 1)
+    moves = _moves(base, experiment, "value_gradient")
+    # One state of each sample is changed by its value, several by the reference.
+    changed = experiment.amounts != 0
+    touched = experiment.touched & (changed.sum(1) == 1) & ~changed[:, 0] & np.isfinite(base["value_gradient"]).any(1)
     if moves is None or not touched.any():
         return None
-    moves[experiment.touched & ~touched] = np.nan
-    return _elsewhere(moves, touched, TARGETS)
+    sizes = np.where(np.isfinite(moves), moves, 0.0).max(1)
+    still = np.flatnonzero(touched & (sizes <= STILL))
+    if not len(still):
+        return None
+    amounts = np.zeros(base.tokens.shape)
+    amounts[still[0]] = experiment.amounts[still[0]]
+    table = _again(setup, found, changes.at_states(base, "value", amounts, changes.is_old))
+    if table is None:
+        return None
+    alone = Experiment("values", amounts, (amounts != 0).any(1), table, found.first)
+    moves = _moves(base, alone, "value_gradient")
+    return None if moves is None else _elsewhere(moves, alone.touched, TARGETS)
+
+
+def group_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
+    """Without a critic: where advantages are not in the order of a group's scores, one more score is changed."""
+    base = found.base
+    if base.has("value_gradient") or not base.has("weight") or "one score" not in found.done:
+        return None
+    if any(order in {t.order for t in found.first.texts} for order, _ in base.score_rows):
+        return None
+    first = int(np.flatnonzero(found.done["one score"].amounts)[0])
+    for s in [s for s in _out_of_order(base) if s != first][:2]:
+        amounts = np.zeros(len(base.samples))
+        amounts[s] = 0.25 * max(float(np.nanstd(base.scores)), 1e-3)
+        table = _again(setup, found, changes.of_scores(base, amounts))
+        moves = (
+            None
+            if table is None
+            else _moves(base, Experiment("score", amounts, amounts != 0, table, found.first), "weight")
+        )
+        wrong = None if moves is None else _elsewhere(moves, amounts != 0, WEIGHTS)
+        if wrong is not None:
+            return wrong
+    return None
+
+
+def _out_of_order(base: Table) -> list[int]:
+    """Samples whose weights are on the wrong side of others of their prompt, whichever way rows are weighted."""
+    weight = np.where(base.real & np.isfinite(base["weight"]), base["weight"], 0.0)
+    seen = (np.isfinite(base["weight"]) & base.real).any(1) & np.isfinite(base.scores)
+    sums, means = weight.sum(1), weight.sum(1) / np.maximum(base.real.sum(1), 1)
+    count = np.zeros(len(base.samples), dtype=np.int64)
+    for i in np.flatnonzero(seen):
+        for j in np.flatnonzero(seen):
+            if base.samples[i].prompt == base.samples[j].prompt and base.scores[i] > base.scores[j]:
+                wrong = all(x[i] < x[j] - 1e-6 * np.abs(x).max() for x in (sums, means))
+                count[[i, j]] += wrong
+    return [int(s) for s in np.argsort(-count, kind="stable") if count[s]]
+
+
+def _again(setup: RLHFSetup, found: Experiments, change: Change) -> Table | None:
+    """The step once more from the same state with one change; None where it raises."""
+    base = found.base
+    try:
+        run = Stepper(setup, (base.temperature,)).run(changes=(change,))
+    except Broken:
+        return None
+    return tabulate(run, setup, base.temperature, samples=base.samples)
 
 
 def _moves(base: Table, experiment: Experiment, name: str) -> Floats | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Spans", "spans"]
 
+SURE = -1e-3  # nats
 NOTHING = 1e-7  # of the largest gradient: what rounding leaves of a masked one
 
 
@@ -92,7 +93,11 @@ def spans(table: Table, role: Role) -> Spans:
             continue
         if 0 <= t < lengths[s]:
             inside[s, t] = True
-        else:
-            (before if t < 0 else after)[s] += 1
+        elif t < 0:
+            before[s] += 1
+        elif t > lengths[s] or table.samples[s].ended:  # else the last token may be one that no pass was given
+            after[s] += 1
     rows = inside.any(1) | (before > 0) | (after > 0)
+    if role == "policy":  # the gradient of a log-probability vanishes where the token is certain
+        inside |= table.real & rows[:, None] & (np.nan_to_num(table["logp"], nan=-1.0) > SURE)
     return Spans(inside, before, after, rows, table.real)

@@ -11,7 +11,6 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.drawing import Drawing
 from rlhf_doctor.instruments.tracing import Traced
 
-SHARE = 0.02  # of the tokens that may be further apart, as single near ties are
 NOISE = 0.02, 0.2  # nats, on average and at most: as far as an engine in half precision is from its trainer
 
 
@@ -55,7 +54,7 @@ def old_logprobs_differ(traced: Traced, drawing: Drawing, setup: Any) -> Iterato
     from rlhf_doctor.trace import passes
 
     gap = passes.old_and_new(drawing)
-    if gap is not None and gap.share > SHARE:
+    if gap is not None and gap.share > passes.SHARE:
         usual = gap.mean < NOISE[0] and gap.largest < NOISE[1] and gap.half
         yield Finding(
             f"Before any update, {gap.share:.0%} of the tokens have another log-probability in the update's pass than "
@@ -76,7 +75,7 @@ def old_logprobs_differ(traced: Traced, drawing: Drawing, setup: Any) -> Iterato
             ),
         )
         return
-    other = passes.adapter_off(traced, drawing, setup) or passes.weighed(traced)
+    other = passes.other_texts(drawing) or passes.adapter_off(traced, drawing, setup) or passes.weighed(traced)
     if other is not None:
         yield Finding(
             other.message,
@@ -96,9 +95,9 @@ def _(healthy: Any) -> Any:
     return reference_step(healthy, parts={"logprobs": rollout_faults.blind_training})
 
 
-@old_logprobs_differ.fault("dropout in the update's pass")
+@old_logprobs_differ.fault("the old log-probabilities attend to the padding")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import rollout_faults
     from rlhf_doctor.selftest.loops import reference_step
 
-    return reference_step(healthy, parts={"logprobs": rollout_faults.with_dropout})
+    return reference_step(healthy, parts={"logprobs": rollout_faults.attending_to_pads_before})

@@ -124,4 +124,5 @@ def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import rollout_faults
     from rlhf_doctor.selftest.loops import reference_step
 
-    return reference_step(healthy, parts={"value_loss": rollout_faults.mask_left_out})
+    parts = {"values": rollout_faults.values_of_every_column, "value_loss": rollout_faults.mask_left_out}
+    return reference_step(healthy, parts=parts)

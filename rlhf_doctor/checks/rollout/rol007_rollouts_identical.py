@@ -11,6 +11,8 @@ from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.drawing import Drawing
 
+COPIED = 0.3  # of the scored rows; some loops fill up their last batch with rows once more
+
 
 @check(
     "ROL007",
@@ -47,6 +49,16 @@ def rollouts_identical(drawing: Drawing) -> Iterator[Finding]:
     """
     from rlhf_doctor.trace import odds
 
+    copies, rows = drawing.first.draws.copies, drawing.first.draws.placed["old"]
+    if copies > COPIED * rows:
+        yield Finding(
+            f"{rows} responses are scored, and {copies} of them are copies of others, which were drawn once. Draw each "
+            "response anew: ask the sampler for as many as there are samples.",
+            role="loop",
+            confidence=Confidence.PROVEN,
+            evidence=(Evidence("scored responses that were drawn", f"{rows}", f"{rows - copies}", f"{COPIED:.0%}"),),
+        )
+        return
     compared = [("within one step, to one prompt", odds.repeats_within(drawing.first), "samples")]
     if drawing.second is not None:
         compared.append(

@@ -18,7 +18,7 @@ from rlhf_doctor.instruments.tracing import Traced
     severity=Severity.ERROR,
     after=("ROL004", "ROL010"),
 )
-def rows_misaligned(traced: Traced) -> Iterator[Finding]:
+def rows_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
     """
     What it examines:
         Which samples answer when one sample's score is changed, or the rollout values of some: the critic's targets and
@@ -65,8 +65,8 @@ def rows_misaligned(traced: Traced) -> Iterator[Finding]:
         )
         return
     for what, moved in (
-        ("scores", rows.score_moves(found, traced.recovered)),
-        ("rollout values", rows.value_moves(found)),
+        ("scores", rows.score_moves(found, traced.recovered) or rows.group_moves(setup, found)),
+        ("rollout values", rows.value_moves(setup, found)),
     ):
         if moved is not None:
             yield Finding(

@@ -16,6 +16,7 @@ from rlhf_doctor.instruments.drawing import Drawing
     "the sampler reads the same context as the scoring pass",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    after=("ROL010",),
 )
 def sampler_context_differs(drawing: Drawing) -> Iterator[Finding]:
     """
