@@ -94,12 +94,12 @@ def with_kl_in_the_loss(
 
 
 class OtherInput:
-    """Log-probabilities in which the reference is given another mask, no prompt, or another temperature."""
+    """Log-probabilities in which the reference is given the tokens before, no prompt, or another temperature."""
 
     def __init__(
-        self, healthy: RLHFSetup, *, temperature: float | None = None, masked: bool = True, prompt: bool = True
+        self, healthy: RLHFSetup, *, temperature: float | None = None, shifted: bool = False, prompt: bool = True
     ) -> None:
-        self.reference, self.temperature, self.masked, self.prompt = healthy.reference, temperature, masked, prompt
+        self.reference, self.temperature, self.shifted, self.prompt = healthy.reference, temperature, shifted, prompt
 
     def __call__(self, model: Any, ids: Any, attention: Any, width: int, temperature: float) -> Any:
         """As ``response_logprobs``."""
@@ -107,10 +107,10 @@ class OtherInput:
 
         if model is self.reference:
             temperature = self.temperature or temperature
-            attention = attention.clone()
-            if not self.masked:
-                attention[:] = 1
+            if self.shifted:
+                ids = ids.roll(1, 1)
             if not self.prompt:
+                attention = attention.clone()
                 attention[:, : -width - 1] = 0
         return roles.response_logprobs(model, ids, attention, width, temperature)
 
@@ -146,9 +146,6 @@ class LeakyRewards:
 
         everywhere = torch.ones_like(mask)
         return ops.gae(r, v.masked_fill(~mask, 0), everywhere, gamma, lam).masked_fill(~mask, 0)
-
-
-SHORT: dict[str, Any] = {"response_length": 4}  # so that some responses do not end
 
 
 def score_with(factor: float = 1.0, *, always: bool = False) -> Callable[..., Any]:

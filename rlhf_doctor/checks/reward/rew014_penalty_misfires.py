@@ -98,18 +98,18 @@ def penalty_misfires(last_rewards: Surplus, setup: Any) -> Iterator[Finding]:
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import kl_faults, loops
 
-    return loops.reference_step(healthy, parts={"score": kl_faults.score_with(-1.0)}, settings=kl_faults.SHORT)
+    return loops.reference_step(healthy, parts={"score": kl_faults.score_with(-1.0)})
 
 
 @penalty_misfires.fault("never taken")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import kl_faults, loops
 
-    return loops.reference_step(healthy, parts={"score": kl_faults.score_with(0.0)}, settings=kl_faults.SHORT)
+    return loops.reference_step(healthy, parts={"score": kl_faults.score_with(0.0)})
 
 
 @penalty_misfires.fault("taken from every response")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import kl_faults, loops
 
-    return loops.reference_step(healthy, parts={"score": kl_faults.score_with(always=True)}, settings=kl_faults.SHORT)
+    return loops.reference_step(healthy, parts={"score": kl_faults.score_with(always=True)})
