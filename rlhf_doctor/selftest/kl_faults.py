@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup
 
 __all__ = [
-    "SHORT",
     "Impostor",
     "LeakyRewards",
     "OtherInput",
