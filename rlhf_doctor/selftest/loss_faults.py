@@ -62,7 +62,8 @@ def turned(*given: Any) -> Tensor:
 
 def advantage_turned(logp: Tensor, old: Tensor, advantage: Tensor, *rest: Any) -> Tensor:
     """The whole advantage with the wrong sign."""
-    return ops.clipped_policy_loss(logp, old, -advantage, *rest)
+    loss: Tensor = ops.clipped_policy_loss(logp, old, -advantage, *rest)
+    return loss
 
 
 def without_gradient(*given: Any) -> Tensor:

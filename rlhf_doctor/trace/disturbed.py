@@ -47,7 +47,8 @@ class Flow:
     """
 
     before: list[float] = field(default_factory=list)
-    found: list[float] = field(default_factory=list)  # also seen from later passes where steps are made by hand
+    found: list[float] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)  # the same at the start of later passes, for steps made by hand
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ class _Watched:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             now = self.parameter.grad
             if self.sum is not None and now is not None and float(self.sum.norm()):
-                self.flow.found.append(float(self._part(now).norm() / self.sum.norm()))
+                self.flow.seen.append(float(self._part(now).norm() / self.sum.norm()))
 
 
 def _few(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -68,7 +68,7 @@ def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Findi
                 "norm that moves the weights, such as 1.",
                 "gradient that the optimizer finds, over what the backward passes brought",
                 "1, less what a clip takes",
-                f"at most {max(flow.found):.3g}",
+                f"at most {max(flow.found or [x for x in flow.seen if x < CUT]):.3g}",
                 f"above {CUT:g}",
             )
             return
@@ -84,12 +84,15 @@ def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Findi
             f"{read.divisors[0]:.5g}, with {one.tokens} tokens in {one.rows} rows",
             "1% of a count",
         )
-    elif not disturbed.flows or not any(f.before or f.found for f in disturbed.flows.values()):
+    elif not disturbed.flows or not any(f.before or f.found or f.seen for f in disturbed.flows.values()):
         raise Unavailable("needs gradients at the parameters of policy or critic, and none was seen")
 
 
 def _cut(flow: Flow, limit: float) -> bool:
-    return bool(flow.found) and max(flow.found) < limit
+    """Whether nothing is left. Of steps made by hand only leftovers are seen, and a 0 may be the next zeroing."""
+    if flow.found:
+        return max(flow.found) < limit
+    return any(0 < x < limit for x in flow.seen)
 
 
 def _said(role: str) -> str:
