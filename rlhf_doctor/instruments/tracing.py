@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.facts import Unavailable, fact
@@ -16,17 +16,32 @@ if TYPE_CHECKING:
 __all__ = ["Traced", "traced"]
 
 
-@dataclass(frozen=True)
 class Traced:
     """What a step does to the four models: the runs, and the algorithm recovered from them.
 
-    ``watched`` says that the run went by once, by itself: nothing could be changed, and updates were not held back.
+    Args:
+        experiments: the runs.
+        recovered: what they tell of the algorithm, or what works it out.
+        temperature: the declared one.
+        watched: whether the run went by once, by itself: nothing could be changed, and updates were not held back.
     """
 
-    experiments: Experiments
-    recovered: Recovered
-    temperature: float
-    watched: bool = False
+    def __init__(
+        self,
+        experiments: Experiments,
+        recovered: Recovered | Callable[[], Recovered],
+        temperature: float,
+        watched: bool = False,
+    ) -> None:
+        self.experiments, self.temperature, self.watched = experiments, temperature, watched
+        self._recovered = recovered
+
+    @property
+    def recovered(self) -> Recovered:
+        """The algorithm, worked out when it is first asked for: that takes runs of the step."""
+        if callable(self._recovered):
+            self._recovered = self._recovered()
+        return self._recovered
 
     @property
     def base(self) -> Table:
@@ -61,4 +76,4 @@ def traced(setup: Any, options: Any, progress: Any = lambda text: None) -> Trace
     declared = setup.declared.get("temperature", 1.0)
     temperature = float(declared) if isinstance(declared, (int, float)) and declared > 0 else 1.0
     found = conduct(setup, temperature, options.seed, lambda part: progress(f"setup: traced, {part}"))
-    return Traced(found, recover(found, dict(setup.declared)), temperature)
+    return Traced(found, lambda: recover(found, dict(setup.declared)), temperature)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.trace import changes
 from rlhf_doctor.trace.runs import Run, Stepper
-from rlhf_doctor.trace.table import Table, tabulate
+from rlhf_doctor.trace.table import Placed, Table, tabulate
 from rlhf_doctor.trace.taps import Change
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Experiment", "Experiments", "conduct"]
+__all__ = ["Changed", "Experiment", "Experiments", "conduct"]
 
 SMALL = 0.05  # nats or score units: far above float32's rounding, far below any clip range in use
 POISON = 1e3
@@ -48,6 +48,36 @@ class Experiment:
         return self.table[name] - base[name]
 
 
+class Changed(Mapping[str, Experiment]):
+    """Changed runs by name, each made when it is first asked for.
+
+    Args:
+        plan: name -> what makes it and puts it into ``made``, or says in the reasons why not.
+    """
+
+    def __init__(self, plan: dict[str, Callable[[], None]], made: dict[str, Experiment]) -> None:
+        self.plan, self.made = plan, made
+
+    def _settled(self, name: str) -> bool:
+        make = self.plan.pop(name, None)
+        if make is not None:
+            make()
+        return name in self.made
+
+    def __getitem__(self, name: str) -> Experiment:
+        self._settled(name)
+        return self.made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._settled(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([name for name in (*self.made, *self.plan) if self._settled(name)])
+
+    def __len__(self) -> int:
+        return len(list(self))
+
+
 @dataclass
 class Experiments:
     """The unchanged runs and the changed ones by name; ``reasons`` says why one is not there."""
@@ -57,7 +87,7 @@ class Experiments:
     real: Run | None
     repeat: Table | None
     second: Table | None  # of a second step after the first one's updates
-    done: dict[str, Experiment] = field(default_factory=dict)
+    done: Mapping[str, Experiment] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     reproducible: bool = True
     noise: dict[str, float] = field(default_factory=dict)  # field -> largest difference over the field's range
@@ -100,9 +130,9 @@ def conduct(
     found.reproducible = _same_samples(base, found.repeat, real) and max(found.noise.values(), default=0.0) <= NOISY
     if found.reproducible and base.samples:
         windows = None if stepper.by_hand else _first_epoch(base)
-        _Conductor(setup, temperature, stepper, base, found, windows, seed, progress).all()
+        found.done = _Conductor(setup, temperature, stepper, base, found, windows, seed, progress).planned()
     elif base.samples:
-        found.reasons["*"] = "two runs of the step from the same state differ, so nothing can be told from a changed one"
+        found.reasons["*"] = "two runs of the step from one state differ, so nothing can be told from a changed one"
     else:
         found.reasons["*"] = "no sample was seen: the policy was not called on token ids, or nothing was trained"
     found.runs = stepper.runs
@@ -173,7 +203,8 @@ def _noise(base: Table, repeat: Table, by_hand: bool) -> dict[str, float]:
             found[name] = float(np.abs(a - b)[first].max()) / span
     both = np.isfinite(base.scores) & np.isfinite(repeat.scores)
     if both.any():
-        found["scores"] = float(np.abs(base.scores - repeat.scores)[both].max() / max(np.abs(base.scores[both]).max(), 1e-12))
+        size = max(float(np.abs(base.scores[both]).max()), 1e-12)
+        found["scores"] = float(np.abs(base.scores - repeat.scores)[both].max()) / size
     return found
 
 
@@ -204,8 +235,9 @@ class _Conductor:
         windows: int | None, seed: int, progress: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.setup, self.temperature, self.stepper = setup, temperature, stepper
+        self.made: dict[str, Experiment] = {}
         self.base, self.found, self.windows, self.progress = base, found, windows, progress
-        self.random = np.random.default_rng(SEED + seed)
+        self.seed = SEED + seed
         self.shape = base.tokens.shape
         first: dict[tuple[int, ...], int] = {}
         # Samples of the same tokens cannot be told apart once rows are shuffled: they are changed alike.
@@ -226,17 +258,19 @@ class _Conductor:
             group[rows] = np.arange(len(rows)) % 4
         return group
 
-    def all(self) -> None:
-        """Every experiment that the setup allows."""
-        base = self.base
-        if np.isfinite(base.scores).any():
-            self._one_score()
-            self._all_scores()
+    def planned(self) -> Changed:
+        """Every experiment that the setup allows, to be made when asked for."""
+        plan: dict[str, Callable[[], None]] = {
+            "rollout outputs": self._rollout_outputs,
+            "poison": self._poison,
+            "update values": self._update_values,
+            "update logits": self._update_logits,
+        }
+        if np.isfinite(self.base.scores).any():
+            plan |= {"one score": self._one_score, "all scores": self._all_scores}
         else:
             self.found.reasons["one score"] = self.found.reasons["all scores"] = self._no_scores()
-        self._rollout_outputs()
-        self._poison()
-        self._update_pass()
+        return Changed(plan, self.made)
 
     def _no_scores(self) -> str:
         if self.setup.reward is None:
@@ -245,18 +279,19 @@ class _Conductor:
             return "the step never calls the reward model where it can be seen"
         return "the reward model's scores could not be matched to the samples"
 
-    def _run(self, name: str, amounts: Floats, touched: Bools, *made: Change, text: Any = None) -> Experiment | None:
+    def _run(self, name: str, amounts: Floats, touched: Bools, *made: Change, text: Any = None) -> None:
         self.progress(f"running the step with other {name}")
         try:
             run = self.stepper.run(changes=made, last_window=self.windows, text_change=text)
         except Broken as broken:
             self.found.reasons[name] = f"the step raised with changed {name}: {broken.sentence}"
-            return None
+            return
+        finally:
+            self.found.runs = self.stepper.runs
         table = tabulate(run, self.setup, self.temperature, samples=self.base.samples)
         if self.stepper.by_hand:
             _first_update_alone(table)
-        self.found.done[name] = made_experiment = Experiment(name, amounts, touched, table, run)
-        return made_experiment
+        self.made[name] = Experiment(name, amounts, touched, table, run)
 
     def _scored(self, name: str, amounts: Floats) -> None:
         base, amounts = self.base, amounts[self.twin]
@@ -285,7 +320,8 @@ class _Conductor:
     def _all_scores(self) -> None:
         scores = self.base.scores
         size = self._size(scores)
-        amounts = size * self.random.uniform(0.2, 1.0, len(scores)) * np.where(scores > np.nanmedian(scores), -1, 1)
+        inward = np.where(scores > np.nanmedian(scores), -1, 1)
+        amounts = size * np.random.default_rng(self.seed).uniform(0.2, 1.0, len(scores)) * inward
         self._scored("all scores", np.where(np.isfinite(scores), amounts, 0.0))
 
     def _size(self, scores: Floats) -> float:
@@ -309,7 +345,7 @@ class _Conductor:
         logits = np.zeros(self.shape)
         if base.has("ref_logp"):
             up = np.indices(self.shape).sum(0) % 2 == 0  # both ways, however few tokens there are
-            pushes = self.random.uniform(0.2, 1.0, self.shape) * np.where(up, 1.0, -1.0)
+            pushes = np.random.default_rng(self.seed).uniform(0.2, 1.0, self.shape) * np.where(up, 1.0, -1.0)
             logits[self.groups == 2] = pushes[self.groups == 2]
             logits = logits[self.twin] * base.real
             if logits.any():
@@ -317,7 +353,7 @@ class _Conductor:
                 touched |= self.groups == 2
         lengths = np.array([len(s.response) for s in base.samples] or [0])
 
-        def outside(placed: changes.Placed) -> Floats:
+        def outside(placed: Placed) -> Floats:
             # The reference away from the responses of group 3: what has no business in any KL.
             at = np.maximum(placed.sample, 0)
             away = (placed.sample >= 0) & (self.groups[at] == 3) & ((placed.state < 0) | (placed.state >= lengths[at]))
@@ -336,7 +372,7 @@ class _Conductor:
         base, made = self.base, []
         lengths = np.array([len(s.response) for s in base.samples] or [0])
 
-        def idle(placed: changes.Placed) -> Floats:
+        def idle(placed: Placed) -> Floats:
             # States before the responses, and those past the state that follows the last token.
             at = np.maximum(placed.sample, 0)
             away = (placed.sample >= 0) & ((placed.state < -1) | (placed.state > lengths[at]))
@@ -344,27 +380,29 @@ class _Conductor:
 
         for role in ("value", "reference", "policy"):
             if any(p.call.role == role and idle(p).any() for p in base.placed):
-                made.append(changes.at_columns(base, role, idle, lambda placed: True))  # type: ignore[arg-type]
+                made.append(changes.at_columns(base, role, idle, lambda placed: True))
         if made:
             self._run("poison", np.zeros(self.shape), np.ones(len(base.samples), dtype=bool), *made)
         else:
             self.found.reasons["poison"] = "no output was seen outside of the responses"
 
-    def _update_pass(self) -> None:
-        """The critic's outputs and the policy's log-probabilities moved in the update alone."""
-        base, made = self.base, []
-        if base.has("value_gradient"):
-            values = np.full(self.shape, SMALL * max(float(np.nanstd(base["value"])), 0.02)) * base.real
-            made.append(changes.at_states(base, "value", values, changes.is_update))
-        else:
-            values = np.zeros(self.shape)
-        if not made:
+    def _update_values(self) -> None:
+        """The critic's outputs moved in the update alone."""
+        base = self.base
+        if not base.has("value_gradient"):
             self.found.reasons["update values"] = "no gradient was seen at the critic's head"
-        elif np.any(values):
-            self._run("update values", values, np.ones(len(base.samples), dtype=bool), *made)
-        if base.has("weight"):
-            sizes = self.random.choice([-1.0, -0.4, -0.05, 0.05, 0.4, 1.0], self.shape)[self.twin] * base.real
-            change = changes.at_tokens(base, "policy", sizes, changes.is_update)
-            self._run("update logits", sizes, np.ones(len(base.samples), dtype=bool), change)
-        else:
+            return
+        values = np.full(self.shape, SMALL * max(float(np.nanstd(base["value"])), 0.02)) * base.real
+        change = changes.at_states(base, "value", values, changes.is_update)
+        self._run("update values", values, np.ones(len(base.samples), dtype=bool), change)
+
+    def _update_logits(self) -> None:
+        """The policy's log-probabilities moved in the update alone."""
+        base = self.base
+        if not base.has("weight"):
             self.found.reasons["update logits"] = "no gradient was seen at the policy's head"
+            return
+        sizes = np.random.default_rng(self.seed).choice([-1.0, -0.4, -0.05, 0.05, 0.4, 1.0], self.shape)
+        sizes = sizes[self.twin] * base.real
+        change = changes.at_tokens(base, "policy", sizes, changes.is_update)
+        self._run("update logits", sizes, np.ones(len(base.samples), dtype=bool), change)

@@ -81,7 +81,7 @@ class Snapshot:
         """Something with a state of its own: an optimizer, a schedule, a controller, a sampler."""
         if isinstance(holder, torch.Generator):
             state = holder.get_state()
-            self.undo.append(lambda: holder.set_state(state) and None)
+            self.undo.append(lambda: _ignore(holder.set_state(state)))
         elif isinstance(holder, torch.optim.Optimizer):
             self.undo.append(_optimizer_kept(holder))
         elif _is_stateful(holder):
@@ -141,7 +141,7 @@ class Snapshot:
         names = set(function.__code__.co_names) & set(function.__globals__)
         for name in names:
             value = function.__globals__[name]
-            if isinstance(value, ModuleType) or isinstance(value, type):
+            if isinstance(value, (ModuleType, type)):
                 continue
             if _immutable(value) or _copied_iterator(value) is not None:
                 copied = _copied_iterator(value)
@@ -190,6 +190,10 @@ class Snapshot:
                 action()
 
 
+def _ignore(_: Any) -> None:
+    """What a setter returns is of no interest."""
+
+
 def _users(thing: Any) -> bool:
     """Whether an object's attributes may be a loop's own state: not those of a library's machinery."""
     return type(thing).__module__.split(".")[0] not in ("torch", "transformers", "tokenizers", "numpy", "logging")
@@ -204,7 +208,8 @@ def _is_stateful(thing: Any) -> bool:
 
 
 def _immutable(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float, complex, str, bytes, bool, frozenset, range, torch.dtype, torch.device))
+    plain = (int, float, complex, str, bytes, bool, frozenset, range, torch.dtype, torch.device)
+    return value is None or isinstance(value, plain)
 
 
 def _copied_iterator(value: Any) -> Any:

@@ -119,10 +119,12 @@ def moved_for_real(base: Table, experiment: Experiment, name: str) -> bool:
 def _returns(made: Recovered, found: Experiments) -> None:
     base, pushed = found.base, found.done.get("update values")
     if pushed is None:
-        made.reasons["returns"] = found.reasons.get("update values") or found.reasons.get("*") or "no critic was trained"
+        said = found.reasons.get("update values") or found.reasons.get("*")
+        made.reasons["returns"] = said or "no critic was trained"
         return
     with np.errstate(divide="ignore", invalid="ignore"):
-        kappa = masked(base, pushed.moved(base, "value_gradient") / np.where(pushed.amounts != 0, pushed.amounts, np.nan))
+        amounts = np.where(pushed.amounts != 0, pushed.amounts, np.nan)
+        kappa = masked(base, pushed.moved(base, "value_gradient") / amounts)
         kappa = np.where(np.abs(kappa) > 0, kappa, np.nan)
         made.kappa = kappa
         made.returns = base["value"] - masked(base, base["value_gradient"]) / kappa
@@ -317,7 +319,8 @@ def _edges(made: Recovered, found: Experiments) -> None:
         with np.errstate(divide="ignore", invalid="ignore"):
             gains = (response[rows, last] / one.amounts)[one.touched]
         gains = gains[np.isfinite(gains)]
-        made.edges[name] = Edge(name, 0.0 if identical else float(np.median(gains)) if len(gains) else None, "", identical)
+        typical = float(np.median(gains)) if len(gains) else None
+        made.edges[name] = Edge(name, 0.0 if identical else typical, "", identical)
     rollout = found.done.get("rollout outputs")
     if rollout is None:
         for name in EDGES[2:]:
@@ -338,9 +341,9 @@ def _edges(made: Recovered, found: Experiments) -> None:
             made.edges[name] = Edge(name, None, "the reference was not seen on the samples")
         return
     through, onto = np.isfinite(returns) & moved, np.isfinite(policy) & moved
-    gain = _gain(reference[through], _back(made, returns)[through]) if through.any() else None
+    felt = _gain(reference[through], _back(made, returns)[through]) if through.any() else None
     made.edges[EDGES[3]] = Edge(
-        EDGES[3], gain, "" if through.any() else made.reasons.get("returns", ""),
+        EDGES[3], felt, "" if through.any() else made.reasons.get("returns", ""),
         bool(through.any()) and bool((returns[through] == 0).all()),
     )  # fmt: skip
     left = policy - np.where(np.isfinite(returns), returns, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -143,9 +144,7 @@ def split_generation(calls: Sequence[Call]) -> tuple[list[list[Call]], list[Call
             close()
             rest.append(call)
             continue
-        if current and (
-            any(current[-1].order < o < call.order for o in others) or not _continues(current[-1], call)
-        ):
+        if current and (any(current[-1].order < o < call.order for o in others) or not _continues(current[-1], call)):
             close()
         current.append(call)
     close()
@@ -185,7 +184,7 @@ def generated(episode: Sequence[Call], special: Special) -> list[Sample]:
 def _fed(ids: Sequence[Ints]) -> list[list[int]]:
     """The tokens that each row gained from call to call."""
     fed: list[list[int]] = [[] for _ in ids[0]]
-    for before, now in zip(ids, ids[1:], strict=False):
+    for before, now in itertools.pairwise(ids):
         if now.shape == before.shape and now.shape[1] > 1:
             for b, column in zip(*np.nonzero(now != before), strict=True):
                 fed[b].append(int(now[b, column]))
@@ -309,7 +308,7 @@ class Places:
 
 def _starts(row: Ints, mask: Any, b: int, pad: int | None) -> list[int]:
     starts = []
-    if mask is not None and tuple(mask.shape)[0] > b and mask.shape[1] == len(row):
+    if mask is not None and mask.shape[0] > b and mask.shape[1] == len(row):
         real = np.flatnonzero(mask[b])
         if len(real):
             starts.append(int(real[0]))
@@ -396,9 +395,9 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     for i, s in enumerate(samples):
         tokens[i, : len(s.response)] = s.response
         real[i, : len(s.response)] = True
+    drawn, unknown = [c for e in episodes for c in e], np.full(len(samples), np.nan)
     table = Table(
-        samples, tokens, real, {}, placed, [c for e in episodes for c in e], prompt_known, {}, np.full(len(samples), np.nan),
-        "", [(-1, -1)] * len(samples), temperature,
+        samples, tokens, real, {}, placed, drawn, prompt_known, {}, unknown, "", [(-1, -1)] * len(samples), temperature,
     )  # fmt: skip
     _fill_policy(table)
     _fill_values(table)
@@ -463,7 +462,8 @@ def _numbers(tensor: torch.Tensor) -> Floats:
 def _logp(table: Table, placed: Placed, temperature: float) -> Floats:
     """log π(token drawn in that state) of every row, (N,); NaN where the token is unknown."""
     call = placed.call
-    assert call.at_candidates is not None and call.candidates is not None
+    assert call.at_candidates is not None
+    assert call.candidates is not None
     z = _numbers(call.at_candidates[:, NEXT])
     known = call.candidates[:, NEXT].cpu().numpy()
     wanted = _wanted(table, placed)
@@ -531,7 +531,8 @@ def _fill_policy(table: Table) -> None:
 def _decode(table: Table, placed: Placed, logp: Floats, current: Any) -> None:
     """Read temperature, action and weight of every trained row off ∂L/∂logits."""
     call, kept = placed.call, placed.call.gradient
-    assert call.at_columns is not None and call.candidates is not None
+    assert call.at_columns is not None
+    assert call.candidates is not None
     at_action, others = _numbers(kept["at_action"]), _numbers(kept["others"])
     trained = (np.abs(at_action) > 0) & np.isfinite(at_action)
     action = kept["action"].cpu().numpy()
@@ -566,7 +567,8 @@ def _temperatures(call: Call, action: Ints, declared: float) -> tuple[Floats, Fl
     Off the action, log|∂L/∂z_v| = constant + z_v / T where one log-probability alone is trained. An entropy bonus of
     weight e adds e π_v (log π_v + H) / T; where the first does not fit, the second is tried at the declared T.
     """
-    assert call.at_columns is not None and call.entropy is not None
+    assert call.at_columns is not None
+    assert call.entropy is not None
     z, signed = _numbers(call.at_columns), _numbers(call.gradient["at_columns"])
     g = np.abs(signed)
     fixed = _columns(call, z.shape[1])
@@ -613,7 +615,8 @@ def _weights(
     An entropy bonus is taken out at single entries: its gradients would otherwise be counted with the action's.
     """
     call, t = placed.call, table.temperature
-    assert call.at_columns is not None and call.entropy is not None
+    assert call.at_columns is not None
+    assert call.entropy is not None
     wanted = _wanted(table, placed)
     lse = _numbers(call.lse[t])
     z, signed = _numbers(call.at_columns), _numbers(call.gradient["at_columns"])
@@ -698,15 +701,15 @@ def _fill_scores(table: Table, run: Run, setup: RLHFSetup) -> None:
             continue
         scalar = _numbers(call.scalar)
         if call.pooled or call.ids.shape[1] == 1:
-            for n, s in enumerate(placed.sample):
+            for n, s in enumerate(placed.sample.tolist()):
                 if s >= 0 and np.isnan(table.scores[s]):
                     table.scores[s], table.scores_by = scalar[n], "ids"
                     table.score_rows[s] = (call.order, int(call.rows[n]))
             continue
         lengths = np.array([len(s.response) for s in table.samples] or [0])
         last = (placed.sample >= 0) & (placed.state == lengths[placed.sample])
-        for n in np.flatnonzero(last):
-            s = placed.sample[n]
+        for n in np.flatnonzero(last).tolist():
+            s = int(placed.sample[n])
             if np.isnan(table.scores[s]):
                 table.scores[s], table.scores_by = scalar[n], "ids"
                 table.score_rows[s] = (call.order, int(call.rows[n]))
@@ -733,7 +736,8 @@ def _fill_scores(table: Table, run: Run, setup: RLHFSetup) -> None:
 
 def _row_texts(arguments: Sequence[Any], count: int) -> list[str | None]:
     """What was scored, as one text a row."""
-    lists = [a for a in arguments if isinstance(a, (list, tuple)) and len(a) == count and all(isinstance(t, str) for t in a)]
+    lists = [a for a in arguments if isinstance(a, (list, tuple)) and len(a) == count]
+    lists = [a for a in lists if all(isinstance(t, str) for t in a)]
     return [" ".join(texts) for texts in zip(*lists, strict=True)] if lists else [None] * count
 
 

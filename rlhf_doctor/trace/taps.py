@@ -29,7 +29,7 @@ __all__ = ["CANDIDATES", "COLUMNS", "Call", "Change", "Enough", "Recorder", "Sco
 COLUMNS = 32  # vocabulary entries whose logits are kept for every row
 CANDIDATES = (-1, 0, 1, 2)  # offsets from a column to the tokens that may be its action; 1 is right
 CHUNK = 1 << 22  # logits that are reduced at once
-LOOKUPS = (torch.nn.functional.embedding, torch.embedding, torch.Tensor.__getitem__, torch.index_select)
+LOOKUPS = frozenset({torch.nn.functional.embedding, torch.embedding, torch.Tensor.__getitem__, torch.index_select})
 # They move rows about and compute none: what they give says where rows went, and not where they came from.
 MOVES = frozenset(
     {"index_select", "gather", "__getitem__", "view", "reshape", "flatten", "unflatten", "transpose", "permute", "flip",
@@ -37,14 +37,16 @@ MOVES = frozenset(
      "squeeze", "unsqueeze", "narrow", "select", "split", "chunk", "cat", "expand", "masked_select", "index_put",
      "scatter", "where", "type_as", "expand_as", "view_as", "cpu", "cuda", "movedim", "swapaxes", "t", "unbind"}
 )  # fmt: skip
-PROJECTIONS = (
-    torch.nn.functional.linear,
-    torch.matmul,
-    torch.Tensor.matmul,
-    torch.Tensor.__matmul__,
-    torch.mm,
-    torch.addmm,
-    torch.einsum,
+PROJECTIONS = frozenset(
+    {
+        torch.nn.functional.linear,
+        torch.matmul,
+        torch.Tensor.matmul,
+        torch.Tensor.__matmul__,
+        torch.mm,
+        torch.addmm,
+        torch.einsum,
+    }
 )
 
 
@@ -204,7 +206,7 @@ class Recorder(TorchFunctionMode):
             for weight in weights:
                 table.setdefault(id(weight), set()).add(role)
         self._widths |= {w.shape[-1] for w in heads}
-        trained = [p for p in module.parameters() if p.requires_grad and p.numel() > 1] or list(heads)
+        trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad and p.numel() > 1] or list(heads)
         self._marks[role] = [trained[0], trained[len(trained) // 2], trained[-1]] if trained else []
 
     def _one_role(self, roles: set[Role]) -> Role | None:
@@ -243,10 +245,11 @@ class Recorder(TorchFunctionMode):
                 return self._head_called(roles, given, result)
         if func in LOOKUPS:
             self._looked_up((*args, *(kwargs or {}).values()), result)
-        if self._lookups and type(result) is Tensor and result.dim() > 1 and result.shape[-1] in self._widths:
-            if getattr(func, "__name__", "") not in MOVES and result.is_floating_point():
+        if self._lookups and type(result) is Tensor and getattr(func, "__name__", "") not in MOVES:
+            shape = result.shape
+            if len(shape) > 1 and shape[-1] in self._widths and result.is_floating_point():
                 for lookup in self._lookups.values():
-                    if result.shape[:-1].numel() == lookup.ids.numel():
+                    if shape[:-1].numel() == lookup.ids.numel():
                         lookup.hidden = result
         return result
 
@@ -604,8 +607,8 @@ def _vocabulary_heads(module: torch.nn.Module, tokens: Sequence[Tensor]) -> list
     if named is not None:
         return [named]
     rows = tokens[0].shape[0] if tokens else 0
-    found = [p for p in module.parameters() if p.dim() == 2 and p.shape[0] == rows and all(p is not t for t in tokens)]
-    return found[-1:] or list(tokens)
+    wide: list[Tensor] = [p for p in module.parameters() if p.dim() == 2 and p.shape[0] == rows]
+    return [p for p in wide if all(p is not t for t in tokens)][-1:] or list(tokens)
 
 
 def _scalar_heads(module: torch.nn.Module) -> list[Tensor]:
@@ -614,7 +617,7 @@ def _scalar_heads(module: torch.nn.Module) -> list[Tensor]:
 
 def _bodies(module: torch.nn.Module) -> list[torch.nn.Module]:
     """Inner modules that are given masks and positions: backbones that a loop may call directly."""
-    found = []
+    found: list[torch.nn.Module] = []
     for name in ("base_model", "model", "transformer", "backbone", "pretrained_model"):
         inner = getattr(module, name, None)
         if isinstance(inner, torch.nn.Module) and inner is not module and all(inner is not f for f in found):
@@ -708,8 +711,8 @@ def _matched(flat: Tensor, seen: Tensor, length: int) -> tuple[Tensor, Tensor] |
             return None
         last = next((place for place in left if place > last), left[0])
         found.append(last)
-    place = torch.tensor(found)
-    return place // length, place % length
+    where = torch.tensor(found)
+    return where // length, where % length
 
 
 # ---- replacing -----------------------------------------------------------------------------------------------------
@@ -783,7 +786,9 @@ def _function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
         elif (
             type(place).__name__ == "cell"
             and place.cell_contents is function
-            and all(place is not own for own in listened.__closure__ or ())  # cells are equal where their contents are
+            and all(
+                place is not own for own in getattr(listened, "__closure__", None) or ()
+            )  # cells are equal where their contents are
         ):
             place.cell_contents = listened
             undo.append(lambda place=place: setattr(place, "cell_contents", function))  # type: ignore[misc]
@@ -841,6 +846,7 @@ def _optimizers_tapped(recorder: Recorder) -> Iterator[None]:
             patched.append((kind, vars(kind)["step"]))
             type.__setattr__(kind, "step", held)
     own: list[tuple[Any, Any]] = []
+    optimizer: Any
     for optimizer in recorder.known_optimizers:  # learning-rate schedules wrap the step of the instance
         if "step" in vars(optimizer):
             own.append((optimizer, vars(optimizer)["step"]))

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_impl import ops, roles
 
+from reference_impl import ops, roles
 from rlhf_doctor.examine import Options
 from rlhf_doctor.instruments.tracing import Traced, traced
 from rlhf_doctor.selftest.loops import reference_step
