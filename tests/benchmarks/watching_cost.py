@@ -1,0 +1,182 @@
+"""What watching a training step costs, and how many steps the changed runs cost, at 124M parameters.
+
+Run it from the repository's root: ``python tests/benchmarks/watching_cost.py``. Plain and watched steps alternate in
+one process; peak memory is measured in a process each. The section goes into reports/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+SIZES = {  # hidden, layers, heads, vocabulary, rows, prompt, response, epochs
+    "124M": (768, 12, 12, 50257, 4, 448, 64, 1),
+    "tiny": (64, 2, 2, 1000, 4, 24, 8, 1),
+}
+
+
+def build(size: str, epochs: int | None = None) -> dict[str, Any]:
+    """A plain PPO step on GPT-2s of that size: sample, score, one minibatch an epoch."""
+    import torch
+    from transformers import (
+        GPT2Config,
+        GPT2ForSequenceClassification,
+        GPT2ForTokenClassification,
+        GPT2LMHeadModel,
+    )
+
+    hidden, layers, heads, vocabulary, rows, prompt, response, given = SIZES[size]
+    epochs = epochs or given
+    config = GPT2Config(
+        n_embd=hidden, n_layer=layers, n_head=heads, vocab_size=vocabulary, n_positions=1024, num_labels=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, classifier_dropout=0.0, pad_token_id=0, eos_token_id=1,
+        bos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    policy, reference = GPT2LMHeadModel(config).eval(), GPT2LMHeadModel(config).eval().requires_grad_(False)
+    reference.load_state_dict(policy.state_dict())
+    reward = GPT2ForSequenceClassification(config).eval().requires_grad_(False)
+    value = GPT2ForTokenClassification(config).eval()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-6) for m in (policy, value)]
+    questions = torch.randint(2, vocabulary, (rows, prompt))
+
+    def logp(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=ids).logits[:, prompt - 1 : -1]
+        return logits.log_softmax(-1).gather(-1, ids[:, prompt:, None])[..., 0]
+
+    def step() -> None:
+        with torch.no_grad():
+            ids = policy.generate(
+                questions, attention_mask=torch.ones_like(questions), do_sample=True, top_k=0,
+                min_new_tokens=response, max_new_tokens=response,
+            )  # fmt: skip
+            old, ref = logp(policy, ids), logp(reference, ids)
+            score = reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0]
+            v = value(input_ids=ids).logits[:, prompt - 1 : -1, 0]
+            r = -0.05 * (old - ref)
+            r[:, -1] += score
+            advantage, last = torch.zeros_like(r), torch.zeros(rows)
+            for t in reversed(range(response)):
+                following = v[:, t + 1] if t + 1 < response else torch.zeros(rows)
+                last = r[:, t] + following - v[:, t] + 0.95 * last
+                advantage[:, t] = last
+            returns = advantage + v
+        for _ in range(epochs):
+            ratio = (logp(policy, ids) - old).exp()
+            loss = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+            optimizers[0].zero_grad()
+            loss.backward()
+            optimizers[0].step()
+            now = value(input_ids=ids).logits[:, prompt - 1 : -1, 0]
+            optimizers[1].zero_grad()
+            (0.05 * (now - returns).square().mean()).backward()
+            optimizers[1].step()
+
+    return {
+        "policy": policy, "reference": reference, "reward": reward, "value": value, "step": step,
+        "optimizers": optimizers, "declared": {"gamma": 1.0, "lam": 0.95, "kl_coef": 0.05, "temperature": 1.0},
+    }  # fmt: skip
+
+
+def setup_of(size: str, epochs: int | None = None) -> Any:
+    """The same as an ``RLHFSetup``."""
+    from rlhf_doctor.setups import RLHFSetup
+
+    return RLHFSetup.from_mapping(build(size, epochs))
+
+
+def timed(run: Any) -> tuple[float, float]:
+    """(wall, CPU) seconds of a call."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def watching(size: str, pairs: int) -> dict[str, float]:
+    """Median wall and CPU seconds of plain and of watched steps."""
+    from rlhf_doctor.trace.taps import Recorder
+
+    setup = setup_of(size)
+
+    def watched() -> None:
+        with Recorder(setup).watching():
+            setup.step()
+
+    setup.step()
+    plain, seen = [], []
+    for _ in range(pairs):
+        plain.append(timed(setup.step))
+        seen.append(timed(watched))
+    return {
+        "plain": statistics.median(w for w, _ in plain),
+        "watched": statistics.median(w for w, _ in seen),
+        "ratio": statistics.median(b[1] / a[1] for a, b in zip(plain, seen, strict=True)),
+    }
+
+
+def peak(size: str, watched: bool) -> float:
+    """Peak resident bytes of a process that runs two steps."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "from benchmarks.watching_cost import setup_of\n"
+        "from rlhf_doctor.trace.taps import Recorder\n"
+        f"setup = setup_of({size!r})\n"
+        "for _ in range(2):\n"
+        + ("    with Recorder(setup).watching():\n        setup.step()\n" if watched else "    setup.step()\n")
+        + "print([int(line.split()[1]) * 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')][0])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(ran.stdout.split()[-1])
+
+
+def changed_runs(size: str, epochs: int) -> dict[str, float]:
+    """CPU seconds of the whole examination of a step, in plain steps."""
+    from rlhf_doctor.trace.interventions import conduct
+
+    setup = setup_of(size, epochs)
+    setup.step()
+    step = statistics.median(timed(setup.step)[1] for _ in range(2))
+    found: list[Any] = []
+    cost = timed(lambda: found.append(conduct(setup, 1.0)))[1]
+    return {"steps": cost / step, "runs": found[0].runs, "epochs": epochs}
+
+
+def main() -> None:
+    """Measure and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=list(SIZES), default="124M")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--dry", action="store_true", help="print and write nothing")
+    given = parser.parse_args()
+    cost = watching(given.size, given.pairs)
+    memory = [peak(given.size, watched) for watched in (False, True)]
+    sets = [changed_runs(given.size, epochs) for epochs in (1, 4)]
+    rows = [
+        ("watching: the step's CPU seconds, in those of an unwatched one", "at most 1.03", cost["ratio"], cost["ratio"] <= 1.03),
+        ("watching: peak memory, in that of an unwatched run", "at most 1.05", memory[1] / memory[0], memory[1] <= 1.05 * memory[0]),
+        *(
+            (f"all changed runs, {one['epochs']:.0f} epoch(s) a step: CPU seconds in plain steps", "at most 8", one["steps"], one["steps"] <= 8)
+            for one in sets
+        ),
+    ]  # fmt: skip
+    text = ["## Watching a training step", "", f"GPT-2 of size {given.size}, 4 × 512 tokens. `python tests/benchmarks/watching_cost.py`.", ""]  # fmt: skip
+    text += ["| what | target | measured | kept |", "|---|---|---|---|"]
+    text += [f"| {what} | {target} | {number:.3f} | {'yes' if kept else '**no**'} |" for what, target, number, kept in rows]  # fmt: skip
+    print("\n".join(text), json.dumps({**cost, "memory": memory, "sets": sets}), sep="\n")
+    if not given.dry:
+        from benchmarks import sections
+
+        sections.write("watching", "\n".join(text))
+
+
+if __name__ == "__main__":
+    main()
