@@ -275,7 +275,8 @@ def _run(
     outcomes: dict[str, Outcome] = {}
     for code, one in chosen.items():
         outcomes[code] = _outcome(one, measured, outcomes)
-    shown = {name: value for name, value in measured.values.items() if split_role(name)[0] or name in ("inputs", "traced")}
+    whole = ("inputs", "traced")
+    shown = {name: value for name, value in measured.values.items() if split_role(name)[0] or name in whole}
     return dict(sorted(outcomes.items())), tuple(measured.errors), shown
 
 

@@ -219,7 +219,7 @@ class Recorder(TorchFunctionMode):
                 break
         for role in ("policy", "value", "reward", "reference"):
             if role in roles:
-                return role  # type: ignore[return-value]
+                return role
         return None
 
     @property
@@ -355,7 +355,7 @@ class Recorder(TorchFunctionMode):
                     call.backwards += 1
                     self._reduce_gradient(call, gradient.detach())
 
-            call.handle = output.register_hook(caught)
+            call.handle = output.register_hook(caught)  # type: ignore[no-untyped-call]
 
     def _reduce_logits(self, call: Call, logits: Tensor) -> None:
         size, device = logits.shape[1], logits.device
@@ -374,7 +374,7 @@ class Recorder(TorchFunctionMode):
         call.at_columns = logits[:, fixed].float()
         pieces: dict[float, list[Tensor]] = {t: [] for t in self.temperatures}
         entropies = []
-        for piece in logits.split(max(1, CHUNK // size)):
+        for piece in logits.split(max(1, CHUNK // size)):  # type: ignore[no-untyped-call]
             z = piece.float() if piece.dtype != torch.float64 else piece
             for i, t in enumerate(self.temperatures):
                 zt = z if t == 1 else z / t
@@ -400,7 +400,7 @@ class Recorder(TorchFunctionMode):
         g = gradient.reshape(len(call.rows), -1)
         fixed = torch.linspace(0, g.shape[1] - 1, min(COLUMNS, g.shape[1]), device=g.device).round().long()
         actions, peaks, sums = [], [], []
-        for piece in g.split(max(1, CHUNK // g.shape[1])):
+        for piece in g.split(max(1, CHUNK // g.shape[1])):  # type: ignore[no-untyped-call]
             size = piece.abs()
             peak, action = size.max(-1)
             actions.append(action)
@@ -838,7 +838,7 @@ def _optimizers_tapped(recorder: Recorder) -> Iterator[None]:
         return loss
 
     held.hooked = True  # type: ignore[attr-defined]  # so that torch wraps it no further
-    kinds = [Optimizer]
+    kinds: list[type] = [Optimizer]
     while kinds:
         kind = kinds.pop()
         kinds += kind.__subclasses__()

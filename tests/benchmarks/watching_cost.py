@@ -161,16 +161,18 @@ def main() -> None:
     memory = [peak(given.size, watched) for watched in (False, True)]
     sets = [changed_runs(given.size, epochs) for epochs in (1, 4)]
     rows = [
-        ("watching: the step's CPU seconds, in those of an unwatched one", "at most 1.03", cost["ratio"], cost["ratio"] <= 1.03),
-        ("watching: peak memory, in that of an unwatched run", "at most 1.05", memory[1] / memory[0], memory[1] <= 1.05 * memory[0]),
-        *(
-            (f"all changed runs, {one['epochs']:.0f} epoch(s) a step: CPU seconds in plain steps", "at most 8", one["steps"], one["steps"] <= 8)
-            for one in sets
-        ),
-    ]  # fmt: skip
-    text = ["## Watching a training step", "", f"GPT-2 of size {given.size}, 4 × 512 tokens. `python tests/benchmarks/watching_cost.py`.", ""]  # fmt: skip
-    text += ["| what | target | measured | kept |", "|---|---|---|---|"]
-    text += [f"| {what} | {target} | {number:.3f} | {'yes' if kept else '**no**'} |" for what, target, number, kept in rows]  # fmt: skip
+        ("watching: the step's CPU seconds, in those of an unwatched one", 1.03, cost["ratio"]),
+        ("watching: peak memory, in that of an unwatched run", 1.05, memory[1] / memory[0]),
+    ]
+    for one in sets:
+        rows.append(
+            (f"all changed runs, {one['epochs']:.0f} epochs a step: CPU seconds in plain steps", 8, one["steps"])
+        )
+    text = ["## Watching a training step", ""]
+    text += [f"GPT-2 of size {given.size}, 4 × 512 tokens. `python tests/benchmarks/watching_cost.py`.", ""]
+    text += ["| what | at most | measured | kept |", "|---|---|---|---|"]
+    for what, target, number in rows:
+        text.append(f"| {what} | {target} | {number:.3f} | {'yes' if number <= target else '**no**'} |")
     print("\n".join(text), json.dumps({**cost, "memory": memory, "sets": sets}), sep="\n")
     if not given.dry:
         from benchmarks import sections

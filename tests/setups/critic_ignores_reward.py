@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from reference_impl import build_setup, ops, ppo
 from reference_impl.roles import Models
 from reference_impl.setup import assemble
