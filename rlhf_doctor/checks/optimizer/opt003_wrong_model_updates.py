@@ -47,7 +47,7 @@ def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/deepspeedai/DeepSpeed/issues/3363 (base weights that train beside an adapter).
     """
     found = traced.experiments
-    if found.real is None or not found.real.moved:
+    if traced.watched or found.real is None or not found.real.moved:
         raise Unavailable("needs a step that changes something" if found.real else "needs a step that can be repeated")
     moved, held = found.real.moved, found.first.moved
     policy = _owners(setup.policy)

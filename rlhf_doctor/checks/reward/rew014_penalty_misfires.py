@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
@@ -46,6 +44,8 @@ def penalty_misfires(last_rewards: Surplus, setup: Any) -> Iterator[Finding]:
         the prompt too: https://github.com/huggingface/trl/issues/6805; one that is another token:
         https://github.com/huggingface/trl/pull/5338. Tolerance: 5% of the penalty; float32 leaves 1e-5.
     """
+    import numpy as np
+
     penalty = number(setup.declared.get("missing_eos_penalty"))
     if not penalty:
         raise Unavailable("needs missing_eos_penalty to be declared")

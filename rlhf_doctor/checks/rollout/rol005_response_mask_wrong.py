@@ -12,8 +12,8 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, S
 from rlhf_doctor.instruments.tracing import Traced
 
 LOSSES: tuple[tuple[Role, str], ...] = (("policy", "policy's loss"), ("value", "critic's loss"))
-MOST = 0.9  # of the samples that must agree before a token counts as left out; at least three of them
-FEW = 3
+MOST = 0.9  # of the samples that must agree before a token counts as left out; at least two of them
+FEW = 2
 
 
 @check(

@@ -9,7 +9,6 @@ from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
-from rlhf_doctor.trace.twice import dropout_at_work, first_difference
 
 HINTS = {
     "prompts": "Draw the prompts with torch's, numpy's or Python's seeded generator, and put what counts them (a "
@@ -50,6 +49,8 @@ def step_not_reproducible(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/NVIDIA/NeMo-Aligner/blob/main/CHANGELOG.md. Tolerance: 1e-5 of a quantity's range, a hundred
         times what sums in another order give in float32.
     """
+    from rlhf_doctor.trace.twice import dropout_at_work, first_difference
+
     real = traced.experiments.real
     if real is None or not real.calls:
         raise Unavailable("needs a step that can be run twice and calls the models where that can be seen")

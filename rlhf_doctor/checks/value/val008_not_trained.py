@@ -10,7 +10,6 @@ from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.algorithms import algorithm_kind
 from rlhf_doctor.instruments.tracing import Traced
-from rlhf_doctor.trace.critic import heads, own_parameters, part_in_training
 
 WHY = {
     "not called": "The step never calls it on token ids.",
@@ -48,6 +47,8 @@ def value_not_trained(traced: Traced, setup: Any) -> Iterator[Finding]:
         Two steps, since the first update of a warm-up has the learning rate 0
         (https://github.com/verl-project/verl/issues/3674). No tolerance: equal is equal.
     """
+    from rlhf_doctor.trace.critic import heads, own_parameters, part_in_training
+
     parameters = own_parameters(setup)
     if not parameters or algorithm_kind(setup.declared) == "critic-free":
         raise Unavailable("needs a value model as a module, of an algorithm that trains one")
@@ -83,7 +84,7 @@ def value_not_trained(traced: Traced, setup: Any) -> Iterator[Finding]:
     )
 
 
-@value_not_trained.fault("the critic's optimizer never steps")
+@value_not_trained.fault("the critic's learning rate is 0")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import value_faults
 

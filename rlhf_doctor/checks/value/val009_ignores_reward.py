@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
-from rlhf_doctor.trace.critic import raw_response
 
 
 @check(
@@ -50,6 +47,10 @@ def value_ignores_reward(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/huggingface/trl/issues/3750 (a score at a slot that may be masked). No tolerance: the same
         run twice agrees to the bit, and is checked to do so first.
     """
+    import numpy as np
+
+    from rlhf_doctor.trace.critic import raw_response
+
     traced.needs("all scores", "update values")
     base, changed = traced.base, traced.experiments.done["all scores"]
     answers = np.abs(raw_response(traced.experiments, "update values")) > 0
@@ -90,6 +91,8 @@ def value_ignores_reward(traced: Traced, setup: Any) -> Iterator[Finding]:
 
 def _elsewhere(traced: Traced) -> bool:
     """Whether the score moves the critic's gradient at states that are no response token's."""
+    import numpy as np
+
     before, after = traced.base.outside, traced.experiments.done["all scores"].table.outside
     names = ("value_prompt", "value_after")
     return any(n in before and n in after and not np.array_equal(before[n], after[n]) for n in names)

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
-from rlhf_doctor.trace.critic import steady
-from rlhf_doctor.trace.recover import return_response
 
 
 @check(
@@ -45,6 +41,11 @@ def value_target_wrong_sign(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/huggingface/trl/blob/v0.11.4/trl/trainer/ppo_trainer.py. A target that follows a raised score
         moves by γλ^k of it; to be called turned it must move by a hundredth of it the other way, far above rounding.
     """
+    import numpy as np
+
+    from rlhf_doctor.trace.critic import steady
+    from rlhf_doctor.trace.recover import return_response
+
     traced.needs("one score", "update values")
     one = traced.experiments.done["one score"]
     mine = steady(traced.experiments) & one.touched[:, None]

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.algorithms import number
 from rlhf_doctor.instruments.tracing import Traced
-from rlhf_doctor.trace.critic import steady
-from rlhf_doctor.trace.recover import masked, return_response
 
 ALIKE = 0.02  # of the spread; a discount of 0.99 already differs by more between the ends of three tokens' returns
 
@@ -52,6 +48,11 @@ def value_target_is_raw_score(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://arxiv.org/abs/2403.17031 (what the critic is regressed on); another λ for the critic by design:
         https://arxiv.org/abs/2504.05118. Targets are recovered to about 1e-4 of their spread.
     """
+    import numpy as np
+
+    from rlhf_doctor.trace.critic import steady
+    from rlhf_doctor.trace.recover import masked, return_response
+
     traced.needs("all scores", "update values")
     base, changed, recovered = traced.base, traced.experiments.done["all scores"], traced.recovered
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -105,17 +106,25 @@ def _finding(what: str, expected: str, observed: str, count: int) -> Finding:
 
 
 def _flat(gains: Any, returns: Any, spread: float) -> bool:
+    import numpy as np
+
     size = abs(float(gains[-1]))
     alike = np.ptp(gains) <= ALIKE * size and np.ptp(returns) <= ALIKE * spread
     return bool(size > 1e-2 and alike)
 
 
 def _sudden(gains: Any) -> bool:
+    import numpy as np
+
     return bool(abs(gains[-1]) > 1e-2 and np.abs(gains[:-1]).max() < 1e-3 * abs(gains[-1]))
 
 
 def _bootstraps(traced: Traced) -> bool:
     """Whether a state's target follows the rollout value of the next: a one-step target."""
+    import numpy as np
+
+    from rlhf_doctor.trace.recover import return_response
+
     pushed = traced.experiments.done.get("rollout outputs")
     if pushed is None:
         return False

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
-from rlhf_doctor.trace.critic import heads, own_parameters, raw_response, rounding
 
 UNEVEN = 1e-3  # relative; beside it the rounding of differences of gradients is allowed for
 ROUNDINGS = 16
@@ -89,6 +86,10 @@ def value_target_not_detached(traced: Traced, setup: Any) -> Iterator[Finding]:
 
 def _unevenness(traced: Traced, s: int) -> tuple[float, float, float] | None:
     """(least, most, tolerance) of one response's curvatures; None where too little of it was seen."""
+    import numpy as np
+
+    from rlhf_doctor.trace.critic import raw_response, rounding
+
     base, pushed = traced.base, traced.experiments.done["update values"]
     moved, amounts = raw_response(traced.experiments, "update values")[s], pushed.amounts[s]
     good = np.isfinite(moved) & (amounts != 0) & (pushed.table["value_gradient"][s] != 0)  # a clip cuts to exactly 0
@@ -103,6 +104,10 @@ def _unevenness(traced: Traced, s: int) -> tuple[float, float, float] | None:
 
 def _ratios(traced: Traced) -> list[float] | None:
     """Of neighbouring tokens, earlier over later, in the sample whose score was changed; None where they are alike."""
+    import numpy as np
+
+    from rlhf_doctor.trace.critic import raw_response, rounding
+
     base, scored = traced.base, traced.experiments.done["one score"]
     response = raw_response(traced.experiments, "one score")
     for s in np.flatnonzero(scored.touched):
@@ -118,6 +123,8 @@ def _ratios(traced: Traced) -> list[float] | None:
 
 def _borrowed(traced: Traced, setup: Any) -> Iterator[Finding]:
     """A head that trains on top of a body which is not its own."""
+    from rlhf_doctor.trace.critic import heads, own_parameters
+
     parameters, real = own_parameters(setup), traced.experiments.real
     first = heads(parameters)
     body = [n for n, p in parameters.items() if p.dim() > 1 and n not in first and p.requires_grad]

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
-from rlhf_doctor.trace.critic import Span, trained_spans
-from rlhf_doctor.trace.recover import policy_response
+
+if TYPE_CHECKING:
+    from rlhf_doctor.trace.critic import Span
 
 MOST = 0.8  # of the samples: one whose first or last state has a gradient of exactly 0 by chance is not counted
 
@@ -51,6 +50,8 @@ def value_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/verl-project/verl/issues/1758 (values and mask both shifted). Positions are exact. That the
         state after the last token is trained too is a convention, and let pass.
     """
+    from rlhf_doctor.trace.critic import trained_spans
+
     spans = trained_spans(traced.base)
     if not spans:
         raise Unavailable("needs a critic that is trained on the responses")
@@ -65,6 +66,8 @@ def value_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
 
 
 def _finding(side: str, spans: Sequence[Span], offsets: Sequence[int]) -> Finding:
+    import numpy as np
+
     shift = int(np.median(offsets))
     alike = all(o == shift for o in offsets)
     where = f"{abs(shift)} position{'s' if abs(shift) > 1 else ''} {side} their states" if alike else "from the prompt"
@@ -88,6 +91,10 @@ def _finding(side: str, spans: Sequence[Span], offsets: Sequence[int]) -> Findin
 
 def _baselines(traced: Traced) -> Iterator[Finding]:
     """One rollout value is raised: the advantage that falls should be that of its own state."""
+    import numpy as np
+
+    from rlhf_doctor.trace.recover import policy_response
+
     pushed = traced.experiments.done.get("rollout outputs")
     if pushed is None or not traced.base.has("old_value"):
         return
