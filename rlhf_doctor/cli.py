@@ -118,12 +118,66 @@ def check(ctx: click.Context, /, **given: Any) -> None:
     ctx.exit(_exit_code(record, given))
 
 
-def _job(given: Mapping[str, Any]) -> Any:
-    from rlhf_doctor.finding import MODEL_ROLES
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.argument("program", metavar="-- python train.py [ARGUMENT]...", nargs=-1, type=click.UNPROCESSED)
+@click.option("--steps", metavar="N", type=click.IntRange(min=1),
+              help="Record so many optimizer steps.  [default: one iteration, and the start of the next]")  # fmt: skip
+@click.option("--stop-after", is_flag=True, help="End the program once enough was seen.")
+@click.option("--set", "assignments", metavar="NAME=VALUE", multiple=True, help="Declare a setting, as gamma=0.99.")
+@click.option("--select", metavar="CODES", multiple=True, help="Only these checks: codes, slugs or families.")
+@click.option("--ignore", metavar="CODES", multiple=True, help="Not these checks.")
+@click.option("--format", "formats", metavar="|".join(FORMATS), multiple=True, callback=one_of(*FORMATS),
+              help="Repeat it, or give a comma list.  [default: terminal,html]")  # fmt: skip
+@click.option("-o", "--output", metavar="PATH", help="File or folder of the report, - for stdout.  [default: reports/]")
+@click.option("--fail-on", metavar="|".join(SEVERITIES), default="error", show_default=True,
+              callback=one_of(*SEVERITIES), help="Least severity of a finding that gives exit code 1.")  # fmt: skip
+@click.option("--strict", is_flag=True, help="Warnings and skipped checks give exit code 1 too.")
+@click.option("--suspected", is_flag=True, help="Show findings that are only suspected.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the probes.")
+@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0, min_open=True), default=600,
+              show_default=True, help="Most that any one measurement may take afterwards.")  # fmt: skip
+@click.option("-q", "--quiet", is_flag=True, help="Write the files and set the exit code; print nothing but failures.")
+@click.pass_context
+def watch(ctx: click.Context, /, **given: Any) -> None:
+    """Run a training program as it is, and report what is wrong with what it does.
+
+    Its models are found while it runs, the first iteration is recorded, and nothing in it is changed: it trains on
+    bit for bit as without. What needs a step to be run again is skipped; for that give a step to 'check'.
+    """
+    from rlhf_doctor import delivery
+    from rlhf_doctor.progress import Lines
+    from rlhf_doctor.watching_child import Watched
+    from rlhf_doctor.watching_command import NotWatchable, planned, watched_record
+
+    if not given["program"]:
+        raise click.UsageError("which program? As in 'rlhf-doctor watch -- python train.py'")
+    try:
+        interpreter, program = planned(given["program"])
+    except NotWatchable as error:
+        raise click.UsageError(str(error)) from error
+    job = Watched(program=program, steps=given["steps"], stop_after=given["stop_after"], **_wanted(given))
+    name = program[1] if program[0] == "-m" else program[0]
+    try:
+        deliveries = delivery.plan(given["formats"], given["output"], name)
+    except (ValueError, OSError) as error:
+        raise click.UsageError(f"--output: {error}") from error
+    record = watched_record(
+        interpreter,
+        job,
+        limit=given["timeout"],
+        progress=(lambda text: None) if given["quiet"] else Lines(),
+        to_stderr=any(one.path is None and one.format != "terminal" for one in deliveries),
+    )
+    for one in deliveries:
+        _deliver(one, record, quiet=given["quiet"])
+    ctx.exit(_exit_code(record, given))
+
+
+def _wanted(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What `check` and `watch` have in common."""
     from rlhf_doctor.pages import codes_named
     from rlhf_doctor.setups import DECLARED_NAMES
     from rlhf_doctor.sources.scalars import parse_assignments
-    from rlhf_doctor.worker import Job
 
     try:
         declared = parse_assignments(given["assignments"])
@@ -133,15 +187,26 @@ def _job(given: Mapping[str, Any]) -> Any:
     for name in declared:
         if name not in DECLARED_NAMES:
             click.echo(f"note: no check reads the setting {name!r}{did_you_mean(name, DECLARED_NAMES)}", err=True)
+    return {
+        "declared": declared,
+        "select": tuple(select),
+        "ignore": tuple(ignore),
+        "seed": given["seed"],
+        "suspected": given["suspected"],
+        "command": shlex.join(["rlhf-doctor", *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _job(given: Mapping[str, Any]) -> Any:
+    from rlhf_doctor.finding import MODEL_ROLES
+    from rlhf_doctor.worker import Job
+
     return Job(
         targets=given["targets"],
         folders={name: given[name] for name in (*MODEL_ROLES, "tokenizer") if given[name]},
-        declared=declared,
-        select=tuple(select),
-        ignore=tuple(ignore),
-        **{name: given[name] for name in ("stage", "seed", "device", "dtype", "trust_remote_code", "suspected")},
-        command=shlex.join(["rlhf-doctor", *sys.argv[1:]]),
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        **{name: given[name] for name in ("stage", "device", "dtype", "trust_remote_code")},
+        **_wanted(given),
     )
 
 

@@ -34,6 +34,7 @@ __all__ = ["Exam", "watch"]
 
 # What was declared of the start: the models have moved on by the time they are examined.
 OF_THE_START = ("reference", "value_init", "policy_init")
+BEFORE_TRAINING = ("REF002",)  # it compares the policy with the reference before the first update
 SAMPLED = 4096  # numbers of every parameter that are compared to see how far it went
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -97,6 +98,8 @@ class Exam:
         # Optimizers are left out too: their rates are those of the end of training.
         setup = RLHFSetup(**{**vars(self.setup), "step": None, "state": (), "optimizers": (), "declared": kept})
         given = options.pop("options", None) or Options()
+        if "policy" in self.run.moved:
+            options["ignore"] = (*options.get("ignore", ()), *BEFORE_TRAINING)
         try:
             known = {"traced": self.traced(setup)}
         except Broken as broken:
