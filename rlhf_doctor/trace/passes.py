@@ -37,7 +37,7 @@ SHARE = 0.02  # of the tokens that may be apart
 FLOOR = 2e-4, 0.05  # nats, in float32 and in half precision
 CLEAN = 1e-2  # misfit of a gradient up to which its token is told
 CLIPPED = 0.01  # of the largest weight: what is below may be clipped away
-EXPLAINED = 0.02  # misfit, of the range of the weights
+EXPLAINED = 0.002  # misfit, of the range of the weights
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ def old_and_new(drawing: Drawing) -> Gap | None:
         return None
     sizes = moved[known]
     half = _half(step.draws.old) or drawing.half
-    training = {c.training for c in step.run.calls if c.role == "policy" and c.backwards and c.training}
+    training = any(c.training for c in step.run.calls if c.role == "policy" and c.backwards)
+    drops = any("Dropout" in type(m).__name__ and m.p for m in getattr(drawing.setup.policy, "modules", list)())
     return Gap(
         float((sizes > drawing.rounding).mean()), float(sizes.mean()), float(np.median(sizes)), float(sizes.max()),
         drawing.rounding, len(sizes), int(known.any(1).sum()), half=half,
-        because="The policy is in train mode in the update." if training else "",
+        because="The policy drops hidden states in the update: it is in train mode." if training and drops else "",
     )  # fmt: skip
 
 
@@ -183,7 +184,7 @@ def weighed(traced: Traced) -> Other | None:
         for name, log_ratio in (("at temperature 1", base["logp"] - untempered),):
             ratio = np.exp(log_ratio)
             other, _ = _misfit(y, raw, ratio)
-            if n >= 6 and other < EXPLAINED and plain > 3 * EXPLAINED and plain > 8 * other:
+            if n >= 6 and other < EXPLAINED and plain > 5 * EXPLAINED and plain > 20 * other:
                 return Other(
                     f"The loss weighs tokens as if the old log-probabilities were taken {name} and the new ones at "
                     f"{declared:g}, so the ratio is not 1 before the first update. Divide the logits by one "

@@ -80,24 +80,31 @@ def value_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
     still = np.flatnonzero(touched & (sizes <= STILL))
     if not len(still):
         return None
-    amounts = np.zeros(base.tokens.shape)
-    amounts[still[0]] = experiment.amounts[still[0]]
-    table = _again(setup, found, changes.at_states(base, "value", amounts, changes.is_old))
-    if table is None:
-        return None
-    alone = Experiment("values", amounts, (amounts != 0).any(1), table, found.first)
-    moves = _moves(base, alone, "value_gradient")
-    return None if moves is None else _elsewhere(moves, alone.touched, TARGETS)
+    for s in still[:2].tolist():
+        amounts = np.zeros(base.tokens.shape)
+        amounts[s] = base.real[s] * np.abs(experiment.amounts[s]).max()
+        table = _again(setup, found, changes.at_states(base, "value", amounts, changes.is_old))
+        if table is None:
+            return None
+        alone = Experiment("values", amounts, (amounts != 0).any(1), table, found.first)
+        moves = _moves(base, alone, "value_gradient")
+        wrong = None if moves is None else _elsewhere(moves, alone.touched, TARGETS)
+        if wrong is not None:
+            return wrong
+    return None
 
 
 def group_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
     """Without a critic: where advantages are not in the order of a group's scores, one more score is changed."""
     base = found.base
-    if base.has("value_gradient") or not base.has("weight") or "one score" not in found.done:
+    if base.has("value_gradient") or not base.has("weight"):
+        return None
+    one = found.done.get("one score")
+    if one is None:
         return None
     if any(order in {t.order for t in found.first.texts} for order, _ in base.score_rows):
         return None
-    first = int(np.flatnonzero(found.done["one score"].amounts)[0])
+    first = int(np.flatnonzero(one.amounts)[0])
     for s in [s for s in _out_of_order(base) if s != first][:2]:
         amounts = np.zeros(len(base.samples))
         amounts[s] = 0.25 * max(float(np.nanstd(base.scores)), 1e-3)

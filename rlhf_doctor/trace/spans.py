@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Spans", "spans"]
 
+MOVED = 1e-3  # of the values' spread
 SURE = -1e-3  # nats
 NOTHING = 1e-7  # of the largest gradient: what rounding leaves of a masked one
 
@@ -100,4 +101,7 @@ def spans(table: Table, role: Role) -> Spans:
     rows = inside.any(1) | (before > 0) | (after > 0)
     if role == "policy":  # the gradient of a log-probability vanishes where the token is certain
         inside |= table.real & rows[:, None] & (np.nan_to_num(table["logp"], nan=-1.0) > SURE)
+    elif table.has("value"):  # that of a clipped value loss where the values are far from the old ones
+        gone = np.abs(table["value"] - table["old_value"]) > MOVED * float(np.nanstd(table["value"]))
+        inside |= table.real & rows[:, None] & gone
     return Spans(inside, before, after, rows, table.real)
