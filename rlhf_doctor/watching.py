@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,9 @@ BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
-def watch(setup: RLHFSetup | Mapping[str, Any], *, steps: int | None = None, stop_after: bool = False) -> Iterator[Exam]:
+def watch(
+    setup: RLHFSetup | Mapping[str, Any], *, steps: int | None = None, stop_after: bool = False
+) -> Iterator[Exam]:
     """Watch what runs inside: ``with watch(setup) as exam: trainer.train()``; then ask the exam.
 
     Recording ends with the first update of the second rollout, and the loop runs on unwatched.
@@ -145,6 +148,8 @@ class _Watcher(Recorder):
         self._leaving: Any = None
         self._before: dict[Role, dict[str, tuple[int, Tensor]]] = {}
         self._moved: dict[Role, dict[str, float]] = {}
+        self._updates: list[int] = []  # orders
+        self._weights: Tensor | None = None  # of the policy's last call
         self._started = self._seconds = 0.0
 
     def begin(self) -> None:
@@ -156,10 +161,24 @@ class _Watcher(Recorder):
     def stepped(self, optimizer: Any) -> None:
         if self.finished:
             return
-        if self.steps and self._rolled_out_since(self.steps[-1][0]):
-            self.boundaries.append(self.steps[-1][0])
         super().stepped(optimizer)
-        own = sum(bool(roles) for _, _, roles in self.steps)
+        if self.steps[-1][2]:
+            self._updated(self.order)
+
+    def _make(self, role: Role, *args: Any) -> Call:
+        call = super()._make(role, *args)
+        if role == "policy" and not any(roles for _, _, roles in self.steps):  # updates by hand show in the weights
+            known, self._weights = self._weights, call.weights
+            if known is not None and call.weights is not None and not torch.equal(known, call.weights):
+                self._updated(call.order - 1)
+        return call
+
+    def _updated(self, order: int) -> None:
+        """The models have been updated, or are about to be."""
+        if self._updates and self._rolled_out_between(self._updates[-1], order):
+            self.boundaries.append(self._updates[-1])
+        self._updates.append(order)
+        own = len(self._updates)
         if (self.limit is None and self.boundaries) or (self.limit is not None and own >= self.limit):
             self.finish()
             # Hooks cannot be taken out of a list that torch is just going through: in a later forward they can.
@@ -175,13 +194,13 @@ class _Watcher(Recorder):
     def texts_scored(self, arguments: tuple[Any, ...], returned: Any) -> Any:
         return returned if self.finished else super().texts_scored(arguments, returned)
 
-    def _rolled_out_since(self, order: int) -> bool:
-        """Whether texts were drawn or scored since then."""
-        calls = [c for c in self.calls if c.order > order]
-        if any(c.role == "reward" for c in calls) or any(t.order > order for t in self.texts):
+    def _rolled_out_between(self, start: int, end: int) -> bool:
+        """Whether texts were drawn or scored then."""
+        calls = [c for c in self.calls if start < c.order <= end]
+        if any(c.role == "reward" for c in calls) or any(start < t.order <= end for t in self.texts):
             return True
         drawing = [c for c in calls if c.role == "policy" and not c.with_grad and not c.pooled]
-        return any(_continues(a, b) for a, b in zip(drawing, drawing[1:], strict=False))
+        return any(_continues(a, b) for a, b in pairwise(drawing))
 
     def finish(self) -> None:
         """Nothing is recorded from here on."""
@@ -218,9 +237,7 @@ class _Watcher(Recorder):
         calls: list[Call] = self.calls
         last = max([c.order for c in calls] + [order for order, _, _ in self.steps], default=0)
         ends = list(self.boundaries) if self.boundaries else [last]
-        return Run(
-            calls, self.texts, self.steps, False, self._seconds, self._moved, ends, gradients=self.gradients
-        )
+        return Run(calls, self.texts, self.steps, False, self._seconds, self._moved, ends, gradients=self.gradients)
 
 
 def _fingerprints(setup: RLHFSetup) -> dict[Role, dict[str, tuple[int, Tensor]]]:

@@ -6,6 +6,7 @@ imported before the program that it may want to import itself: torch is waited f
 
 from __future__ import annotations
 
+import contextlib
 import importlib.abc
 import importlib.util
 import json
@@ -69,7 +70,7 @@ class Finder:
             made(optimizer, *args, **kwargs)
             self.optimizers.append(weakref.ref(optimizer))
 
-        torch.optim.Optimizer.__init__ = noted  # type: ignore[method-assign]
+        setattr(torch.optim.Optimizer, "__init__", noted)  # noqa: B010  # mypy knows its signature better
         self.undo.append(lambda: setattr(torch.optim.Optimizer, "__init__", made))
         self.undo.append(torch.nn.modules.module.register_module_forward_pre_hook(self._called).remove)
 
@@ -128,7 +129,7 @@ class _Import(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                del loader.exec_module  # type: ignore[method-assign]
+                del loader.exec_module
                 self.told()
 
             loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -153,10 +154,8 @@ def run(folder: Path) -> None:
     except Exception:
         emit(crash=traceback.format_exc())
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with contextlib.suppress(OSError, ValueError):  # the program may have closed them
             stream.flush()
-        except (OSError, ValueError):  # the program may have closed them
-            pass
 
 
 def _program(words: list[str], stopped: Callable[[], bool]) -> str:
@@ -189,11 +188,12 @@ def _record(job: Watched, finder: Finder, failure: str, measuring: Callable[[str
     from rlhf_doctor.examine import Options
     from rlhf_doctor.report.record import record, unreadable
 
-    about = {"command": job.command, "started": job.started}
+    about: dict[str, Any] = {"command": job.command, "started": job.started}
     if finder.exam is None:
         why = failure or (
             "no PPO iteration was seen: no policy that an optimizer holds was called without gradients beside a "
-            "reference, reward or value model in this process" + ("" if "torch" in sys.modules else "; it uses no torch")
+            "reference, reward or value model in this process"
+            + ("" if "torch" in sys.modules else "; it uses no torch")
         )
         return unreadable("loop", f"loop: {why}", origin=job.name, **about)
     examination = finder.exam.examine(

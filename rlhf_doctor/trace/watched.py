@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ BY_REGRESSION = "by regression"
 EXACT = 2e-3  # of the range: float32 leaves 1e-5, another rule tenths
 SURE = 1e-2  # of a coefficient: its standard error
 FEWEST = 4  # numbers for every unknown
-KINDS = {
+KINDS: Mapping[str, Callable[[Floats], Floats]] = {
     "k1": lambda x: x,
     "k2": lambda x: x * x / 2,
     "k3": lambda x: np.expm1(-x) + x,
@@ -62,10 +63,10 @@ def watched(setup: RLHFSetup, run: Run, temperature: float) -> Traced:
         last = max([c.order for c in run.calls] + [order for order, _, _ in run.steps])
         run.boundaries.append(last)
     _second_step(found, run, setup, temperature)
-    return Traced(found, _recovered(base, dict(setup.declared)), temperature, watched=True)
+    return Traced(found, _recovered(base, found.second, dict(setup.declared)), temperature, watched=True)
 
 
-def _recovered(base: Table, declared: dict[str, object]) -> Recovered:
+def _recovered(base: Table, second: Table | None, declared: dict[str, object]) -> Recovered:
     nothing = np.full(base.tokens.shape, np.nan)
     made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), None, {})
     line, reason = targets(base)
@@ -83,7 +84,11 @@ def _recovered(base: Table, declared: dict[str, object]) -> Recovered:
     _rewards(made, base, declared)
     made.edges = {name: Edge(name, None, ONCE) for name in EDGES}
     if line is not None:
-        _edges(made, base, line)
+        # At the start the policy is the reference: the KL shows in the second iteration alone.
+        later = targets(second)[0] if second is not None else None
+        if later is not None and abs(later.gamma_lam - line.gamma_lam) > SURE * abs(line.gamma_lam):
+            later = None
+        _edges(made, [(base, line), *([(second, later)] if second is not None and later is not None else [])])
     return made
 
 
@@ -99,8 +104,9 @@ def targets(base: Table) -> tuple[Line | None, str]:
     """
     if not base.has("value_gradient"):
         return None, "no critic was trained"
-    first = base.real & (base["value_window"] == 0)
-    value, gradient = np.where(first, base["value"], np.nan), np.where(first, base["value_gradient"], np.nan)
+    _, value, gradient = _first(base)
+    if not np.isfinite(gradient).any():
+        return None, "no critic was trained"
     if base.has("old_value"):
         apart = np.abs(value - base["old_value"])
         if not np.isfinite(apart).any() or np.nanmax(apart) > EXACT * max(_range(value), 1e-12):
@@ -116,6 +122,13 @@ def targets(base: Table) -> tuple[Line | None, str]:
     if best is None:
         return None, "the critic's gradients in the first minibatch fit no discounted sum of rewards"
     return best, ""
+
+
+def _first(base: Table) -> tuple[Any, Floats, Floats]:
+    """(which, values, their gradients) of the tokens in the table's first minibatch."""
+    window = base["value_window"]
+    first = base.real & (window == np.nanmin(window, initial=np.inf))
+    return first, np.where(first, base["value"], np.nan), np.where(first, base["value_gradient"], np.nan)
 
 
 def _line(value: Floats, gradient: Floats, penalty: Floats, kind: str, scale: Floats) -> Line | None:
@@ -151,30 +164,41 @@ def _range(values: Floats) -> float:
 # ---- who influences whom ---------------------------------------------------------------------------------------------
 
 
-def _edges(made: Recovered, base: Table, line: Line) -> None:
-    penalty, unread = KINDS[line.kind](base["old_logp"] - base["ref_logp"]), ONCE
+def _edges(made: Recovered, seen: Sequence[tuple[Table, Line]]) -> None:
+    line = next((line for _, line in seen if line.kind != "none"), seen[0][1])
     if line.kind != "none":
         made.edges[EDGES[3]] = Edge(EDGES[3], line.kl_coef, BY_REGRESSION)
-    rows, last = np.arange(len(base.samples)), np.maximum(base.real.sum(1) - 1, 0)
-    target = made.returns[rows, last]
-    target = target + (line.kl_coef * penalty[rows, last] if line.kind != "none" else 0.0)
-    after = base["value_after"][:, 0] if base.tokens.shape[1] else np.full(len(rows), np.nan)
-    ended = np.array([s.ended for s in base.samples], dtype=bool)
+    scores = np.concatenate([base.scores for base, _ in seen])
+    ended = np.concatenate([np.array([s.ended for s in base.samples], dtype=bool) for base, _ in seen])
+    last, after = (
+        np.concatenate(parts) for parts in zip(*[_last(base, each, line) for base, each in seen], strict=True)
+    )
     gain = None
-    for chosen in (np.ones(len(rows), dtype=bool), ended):
+    for chosen in (np.ones(len(ended), dtype=bool), ended):
         for bootstrap in (0.0, (line.gamma - line.gamma_lam) * after):  # the score in the last slot, or in the next
-            gain = gain if gain is not None else _slope(base.scores, np.where(chosen, target - bootstrap, np.nan))
-    made.edges[EDGES[0]] = Edge(EDGES[0], gain, BY_REGRESSION if gain is not None else unread)
-    advantage = _baseline(made, base)
+            gain = gain if gain is not None else _slope(scores, np.where(chosen, last - bootstrap, np.nan))
+    if gain is not None:
+        made.edges[EDGES[0]] = Edge(EDGES[0], gain, BY_REGRESSION)
+    advantage = _baseline(made, seen[0][0])
     if advantage is not None:
         made.edges[EDGES[2]] = Edge(EDGES[2], advantage, BY_REGRESSION)
         if gain is not None:
             made.edges[EDGES[1]] = Edge(EDGES[1], gain, BY_REGRESSION)
 
 
+def _last(base: Table, own: Line, line: Line) -> tuple[Floats, Floats]:
+    """(target at the last token without the penalty there, value of the state after it), both (S,)."""
+    rows, last = np.arange(len(base.samples)), np.maximum(base.real.sum(1) - 1, 0)
+    first, _, _ = _first(base)
+    found = np.where(first, base["value"] - base["value_gradient"] / own.kappa[:, None], np.nan)[rows, last]
+    if line.kind != "none":
+        found = found + line.kl_coef * KINDS[line.kind](base["old_logp"] - base["ref_logp"])[rows, last]
+    return found, base["value_after"][:, 0]
+
+
 def _slope(x: Floats, y: Floats) -> float | None:
     known = np.isfinite(x) & np.isfinite(y)
-    if known.sum() < 2 * FEWEST or _range(x[known]) <= 0 or _range(y[known]) <= 0:
+    if known.sum() < FEWEST or _range(x[known]) <= 0 or _range(y[known]) <= 0:
         return None
     slope, intercept = np.polyfit(x[known], y[known], 1)
     misfit = np.abs(slope * x[known] + intercept - y[known]).max()
