@@ -93,12 +93,10 @@ def with_kl_in_the_loss(
 
 
 class OtherInput:
-    """Log-probabilities in which the reference is given the tokens before, no prompt, or another temperature."""
+    """Log-probabilities in which the reference is given no prompt, or another temperature."""
 
-    def __init__(
-        self, healthy: RLHFSetup, *, temperature: float | None = None, shifted: bool = False, prompt: bool = True
-    ) -> None:
-        self.reference, self.temperature, self.shifted, self.prompt = healthy.reference, temperature, shifted, prompt
+    def __init__(self, healthy: RLHFSetup, *, temperature: float | None = None, prompt: bool = True) -> None:
+        self.reference, self.temperature, self.prompt = healthy.reference, temperature, prompt
 
     def __call__(self, model: Any, ids: Any, attention: Any, width: int, temperature: float) -> Any:
         """As ``response_logprobs``."""
@@ -106,8 +104,6 @@ class OtherInput:
 
         if model is self.reference:
             temperature = self.temperature or temperature
-            if self.shifted:
-                ids = ids.roll(1, 1)
             if not self.prompt:
                 attention = attention.clone()
                 attention[:, : -width - 1] = 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.anchor import deviation, solve
+from rlhf_doctor.trace.anchor import Line, deviation, solve
 from rlhf_doctor.trace.estimators import CLOSE, SLOPES, VALUES, Fit, old_logp, reference_logp
 from rlhf_doctor.trace.recover import masked
 from rlhf_doctor.trace.runs import Run, Stepper
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 __all__ = ["Controlled", "controlled", "expected"]
+
+KNOWN = 0.9  # of the tokens
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,15 @@ def controlled(traced: Traced, setup: RLHFSetup, fit: Fit, place: str) -> Contro
         first, second = _pushed(traced, setup, min(3 * float(declared["kl_target"]) / max(length, 1.0), 5.0))
     if second is None or not second.samples:
         return "the step could not be run twice in a row"
-    before = _kl(first, fit)
-    if before is None:
-        return "the KL of the first step is not known"
+    per_token = _kl(first, fit)
+    if per_token is None:
+        return "the log-probabilities of the first step are not all known"
     read = _in_reward if place == "reward" else _in_loss
     found = read(traced, second, fit, kinds[fit.estimator])
     if found is None:
         return "the coefficient of the second step could not be read"
     coefficient, error = found
-    per_token, lengths = before, first.real.sum(1)
+    lengths = first.real.sum(1)
     kl = float(np.nansum(per_token, 1).mean())
     return Controlled(
         fit.coefficient, coefficient, error, kl,
@@ -89,7 +91,7 @@ def controlled(traced: Traced, setup: RLHFSetup, fit: Fit, place: str) -> Contro
 
 def _kl(table: Table, fit: Fit) -> Floats | None:
     apart = masked(table, old_logp(table) - reference_logp(table, fit.temperature))
-    return apart if np.isfinite(apart[table.real]).all() else None
+    return apart if np.isfinite(apart[table.real]).mean() > KNOWN else None
 
 
 def _pushed(traced: Traced, setup: RLHFSetup, push: float) -> tuple[Table, Table | None]:
@@ -177,9 +179,22 @@ def _in_loss(traced: Traced, table: Table, fit: Fit, f: Callable[[Any], Any]) ->
         if not np.isfinite(known).all():
             return None
         unit = deviation(table, line, known)
+        if not _plain_mean(table, line, unit):
+            return None  # a value that was clipped hides its return, and the deviation of all with it
     a, _, c = next(iter(line.solved.values()))
     spread = float(np.nanstd(np.where(np.isfinite(weight), x, np.nan)))
     return -c / (a * unit), line.left / (abs(c) * spread * np.isfinite(weight).sum() ** 0.5) if c and spread else np.inf
+
+
+def _plain_mean(table: Table, line: Line, unit: float) -> bool:
+    """Whether s is one over the tokens, or over the rows, of the update: the deviation is then right."""
+    lengths = table.real.sum(1)
+    for window, (a, _, _) in line.solved.items():
+        at = table.real & (table["window"] == window)
+        counts = at.sum(), at.any(1).sum() * lengths.mean(), at.any(1).sum()
+        if all(abs(a * unit * count - 1) > 1e-3 for count in counts):
+            return False
+    return True
 
 
 def _slope(x: Floats, y: Floats) -> tuple[float, float] | None:

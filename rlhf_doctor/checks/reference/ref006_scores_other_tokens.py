@@ -95,13 +95,6 @@ def _(healthy: Any) -> Any:
     return loops.reference_step(healthy, parts=parts, settings={"temperature": 0.7})
 
 
-@reference_scores_other_tokens.fault("the reference is given the tokens before")
-def _(healthy: Any) -> Any:
-    from rlhf_doctor.selftest import kl_faults, loops
-
-    return loops.reference_step(healthy, parts={"logprobs": kl_faults.OtherInput(healthy, shifted=True)})
-
-
 @reference_scores_other_tokens.fault("the reference does not see the prompt")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import kl_faults, loops
