@@ -75,7 +75,7 @@ class Changed(Mapping[str, Experiment]):
         return iter([name for name in (*self.made, *self.plan) if self._settled(name)])
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)  # a list would ask for its length first
 
 
 @dataclass

@@ -127,9 +127,10 @@ def _borrowed(traced: Traced, setup: Any) -> Iterator[Finding]:
 
     parameters, real = own_parameters(setup), traced.experiments.real
     first = heads(parameters)
-    body = [n for n, p in parameters.items() if p.dim() > 1 and n not in first and p.requires_grad]
+    tops = tuple(f"{name.rpartition('.')[0]}." for name in first)
+    below = [n for n in parameters if not n.startswith(tops)]
+    body = [n for n in below if parameters[n].dim() > 1 and parameters[n].requires_grad]
     moved = real.moved.get("value", {}) if real is not None and not real.error else {}
-    below = [n for n in parameters if n not in first]
     if not body or not any(n in moved for n in first) or any(n in moved for n in below):
         return
     yield Finding(
