@@ -378,13 +378,19 @@ class Recorder(TorchFunctionMode):
             z = piece.float() if piece.dtype != torch.float64 else piece
             for i, t in enumerate(self.temperatures):
                 zt = z if t == 1 else z / t
-                lse = zt.logsumexp(-1)
+                if i or call.role == "reference":
+                    pieces[t].append(zt.logsumexp(-1))
+                    continue
+                logp = zt.log_softmax(-1)
+                peak, at = zt.max(-1)
+                lse = peak - logp.gather(1, at[:, None])[:, 0]
+                mean = torch.einsum("rv,rv->r", logp.exp_(), zt)
+                if bool(mean.isnan().any()):  # logits of minus infinity, as filters set them
+                    mean = torch.nan_to_num(logp * zt, nan=0.0).sum(-1)
                 pieces[t].append(lse)
-                if i == 0:
-                    p = (zt - lse[:, None]).exp_()
-                    entropies.append(lse - torch.nan_to_num(p.mul_(zt), nan=0.0).sum(-1))
+                entropies.append(lse - mean)
         call.lse = {t: torch.cat(found) for t, found in pieces.items()}
-        call.entropy = torch.cat(entropies)
+        call.entropy = torch.cat(entropies) if entropies else None
         last = columns == length - 1
         if bool(last.any()):
             call.tail = logits[last].clone()
@@ -401,11 +407,11 @@ class Recorder(TorchFunctionMode):
         fixed = torch.linspace(0, g.shape[1] - 1, min(COLUMNS, g.shape[1]), device=g.device).round().long()
         actions, peaks, sums = [], [], []
         for piece in g.split(max(1, CHUNK // g.shape[1])):  # type: ignore[no-untyped-call]
-            size = piece.abs()
-            peak, action = size.max(-1)
-            actions.append(action)
-            peaks.append(piece.gather(1, action[:, None])[:, 0])
-            sums.append(size.sum(-1) - peak)
+            (high, at_high), (low, at_low) = piece.max(-1), piece.min(-1)
+            up = high >= -low
+            actions.append(torch.where(up, at_high, at_low))
+            peaks.append(torch.where(up, high, low))
+            sums.append(torch.linalg.vector_norm(piece, 1, dim=-1) - torch.where(up, high, -low))
         new = {
             "action": torch.cat(actions),
             "at_action": torch.cat(peaks).float(),
