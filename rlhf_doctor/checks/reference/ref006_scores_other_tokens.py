@@ -53,7 +53,7 @@ def reference_scores_other_tokens(
     said, evidence = [], []
     if view.rows and view.others + view.altered >= max(1, view.rows // 2):
         count = view.others + view.altered
-        said.append("is given other ids than the policy's")
+        said.append("is given other ids than the policy's, or a mask that hides the prompt")
         evidence.append(
             Evidence("rows with the sampled tokens", f"{view.rows}", f"{view.rows - count}", "none", "its passes")
         )
