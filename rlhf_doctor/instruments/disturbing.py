@@ -22,7 +22,7 @@ def disturbed(setup: Any, traced: Traced) -> Disturbed:
     Raises:
         Unavailable: the step cannot be compared with itself.
     """
-    _comparable(traced)
+    _comparable(setup, traced)
     from rlhf_doctor.trace.disturbed import disturb
 
     return disturb(setup, traced)
@@ -35,13 +35,15 @@ def edge_batches(setup: Any, traced: Traced) -> Edges:
     Raises:
         Unavailable: the step cannot be compared with itself.
     """
-    _comparable(traced)
+    _comparable(setup, traced)
     from rlhf_doctor.trace.edges import at_the_edge
 
     return at_the_edge(setup, traced)
 
 
-def _comparable(traced: Traced) -> None:
+def _comparable(setup: Any, traced: Traced) -> None:
+    if traced.watched or setup.step is None:
+        raise Unavailable("needs a step that can be called again: this run went by once")
     reason = traced.experiments.reasons.get("*")
     if reason:
         raise Unavailable(reason)

@@ -138,16 +138,25 @@ def one_sign_missing(traced: Traced) -> tuple[int, int, bool] | None:
         top = float(np.abs(weight[known]).max()) if known.any() else 0.0
         gone = known & (np.abs(weight) < 2e-2 * top)
         left = known & ~gone
-        if gone.sum() < 4 or left.sum() < 3 or len(np.unique(np.sign(weight[left]))) != 1:
+        if gone.sum() < 4 or left.sum() < 2 or len(np.unique(np.sign(weight[left]))) != 1:
             continue
         for scale in (np.ones(len(base.samples)), 1 / np.maximum(base.real.sum(1), 1)):
             each = np.broadcast_to(scale[:, None], weight.shape)
-            slope, intercept, misfit = line(raw[left], (weight / each)[left])
+            slope, intercept, misfit = _through_0(raw[left], (weight / each)[left])
+            if not misfit < 5e-2 and left.sum() > 2:
+                slope, intercept, misfit = line(raw[left], (weight / each)[left])
             said = (slope * raw + intercept) * each
             other = gone & (np.sign(said) != np.sign(weight[left][0])) & (np.abs(said) > 5e-2 * top)
             if misfit < 5e-2 and other.sum() >= 4 and other.sum() >= 0.7 * gone.sum():
                 return int(other.sum()), int(known.sum()), bool(weight[left][0] < 0)
     return None
+
+
+def _through_0(x: Floats, y: Floats) -> tuple[float, float, float]:
+    """(slope, 0, largest deviation of y / x over it): the line of advantages that nothing has shifted."""
+    ratio = y[x != 0] / x[x != 0]
+    middle = float(np.median(ratio)) if len(ratio) > 1 else float("nan")
+    return middle, 0.0, float(np.abs(ratio / middle - 1).max()) if middle else float("nan")
 
 
 # ---- what the sums are divided by ------------------------------------------------------------------------------------
