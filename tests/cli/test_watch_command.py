@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Command, environment
+from loops.backbone_direct import TEMPERATURE
 
 from rlhf_doctor.watching_command import NotWatchable, planned
 
@@ -21,7 +22,7 @@ def digest(printed: str) -> str:
 
 def test_a_program_is_watched_and_trains_on_bit_for_bit(doctor: Command, tmp_path: Path) -> None:
     select = ["--select", "ROL,VAL,LOS", "--format", "json", "-o", tmp_path / "report.json"]
-    ran = doctor("watch", *select, "--set", "temperature=0.8", "--", "python", SCRIPT)
+    ran = doctor("watch", *select, "--set", f"temperature={TEMPERATURE}", "--", "python", SCRIPT)
     alone = subprocess.run(
         [sys.executable, SCRIPT], env=environment(), capture_output=True, text=True, timeout=300, check=True
     )
@@ -42,7 +43,9 @@ def test_a_program_is_watched_and_trains_on_bit_for_bit(doctor: Command, tmp_pat
 
 def test_a_program_that_fails_is_one_sentence_beside_the_report(doctor: Command, tmp_path: Path) -> None:
     select = ["--select", "ROL001", "--format", "json", "-o", tmp_path / "report.json"]
-    ran = doctor("watch", *select, "--", "python", SCRIPT, "--iterations", "1", "--fail")
+    ran = doctor(
+        "watch", *select, "--set", f"temperature={TEMPERATURE}", "--", "python", SCRIPT, "--iterations", "1", "--fail"
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert ran.returncode == 2
     assert [e["message"] for e in report["errors"]] == [
