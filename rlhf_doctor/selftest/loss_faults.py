@@ -68,7 +68,8 @@ def advantage_turned(logp: Tensor, old: Tensor, advantage: Tensor, *rest: Any) -
 
 def without_gradient(*given: Any) -> Tensor:
     """A loss that has lost its graph."""
-    return (0.0 * given[0] + ops.clipped_policy_loss(*given).detach()).sum().detach().requires_grad_()
+    loss: Tensor = (0.0 * given[0] + ops.clipped_policy_loss(*given).detach()).sum().detach().requires_grad_()
+    return loss
 
 
 def unclipped(logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, epsilon: float, count: Any = None) -> Tensor:

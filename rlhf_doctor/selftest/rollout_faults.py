@@ -16,7 +16,7 @@ __all__ = [
     "attending_to_pads_before",
     "blind_training",
     "every_row_the_same",
-    "leaves_out_the_first",
+    "leaves_out_the_last",
     "logprobs_at_one",
     "logprobs_of_other_tokens",
     "mask_left_out",
@@ -83,20 +83,20 @@ def trains_past_the_end(*args: Any, eos: int, **kwargs: Any) -> Rollout:
     return Rollout(drawn.ids, attention, mask, drawn.ended)
 
 
-def leaves_out_the_first(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A loss whose mask lacks the first token of every response."""
+def leaves_out_the_last(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss whose mask lacks the last token of every response."""
 
     def masked(new: Any, old: Any, target: Any, mask: Any, clip: float, count: Any) -> Any:
-        mask = mask.clone()
-        mask[:, 0] = False
-        return loss(new, old, target, mask, clip, count)
+        last = mask.flip(1).cumsum(1).flip(1) == 1
+        return loss(new, old, target, mask & ~last, clip, count)
 
     return masked
 
 
 def mask_left_out(values: Any, old_values: Any, returns: Any, mask: Any, clip: float, count: Any) -> Any:
-    """A value loss over every column."""
-    return ops.clipped_value_loss(values, old_values, returns, torch.ones_like(mask), clip, count)
+    """A value loss over every column, with targets of 0 at the padding."""
+    targets = returns.masked_fill(~mask, 0)
+    return ops.clipped_value_loss(values, old_values, targets, torch.ones_like(mask), clip, count)
 
 
 def values_of_every_column(model: Any, ids: Any, attention_mask: Any) -> Any:

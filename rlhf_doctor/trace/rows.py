@@ -80,6 +80,7 @@ def value_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
     still = np.flatnonzero(touched & (sizes <= STILL))
     if not len(still):
         return None
+    own = bool((sizes[touched] > STILL).any())
     for s in still[:2].tolist():
         amounts = np.zeros(base.tokens.shape)
         amounts[s] = base.real[s] * np.abs(experiment.amounts[s]).max()
@@ -89,6 +90,8 @@ def value_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
         alone = Experiment("values", amounts, (amounts != 0).any(1), table, found.first)
         moves = _moves(base, alone, "value_gradient")
         wrong = None if moves is None else _elsewhere(moves, alone.touched, TARGETS)
+        if moves is None and own and (base["value_gradient"][s][base.real[s]] != 0).all():
+            wrong = Moved(TARGETS, (s,), (), 0.0, 0.0)  # other samples' values do move something
         if wrong is not None:
             return wrong
     return None

@@ -114,13 +114,13 @@ def _(healthy: Any) -> Any:
     return reference_step(healthy, parts={"sample": rollout_faults.trains_past_the_end})
 
 
-@response_mask_wrong.fault("the first token is left out of the policy's loss")
+@response_mask_wrong.fault("the last token is left out of the policy's loss")
 def _(healthy: Any) -> Any:
     from reference_impl import ops
     from rlhf_doctor.selftest import rollout_faults
     from rlhf_doctor.selftest.loops import reference_step
 
-    return reference_step(healthy, parts={"policy_loss": rollout_faults.leaves_out_the_first(ops.clipped_policy_loss)})
+    return reference_step(healthy, parts={"policy_loss": rollout_faults.leaves_out_the_last(ops.clipped_policy_loss)})
 
 
 @response_mask_wrong.fault("the critic is trained on every column")

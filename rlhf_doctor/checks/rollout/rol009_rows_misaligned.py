@@ -71,7 +71,7 @@ def rows_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
         if moved is not None:
             yield Finding(
                 f"Other {what} of {listed(moved.touched)} move the {moved.target} of {listed(moved.moved)}, where they "
-                f"should move none but their own. Keep {what} with their samples through every sort and shuffle.",
+                f"should move their own and none else. Keep {what} with their samples through every sort and shuffle.",
                 role="loop",
                 confidence=Confidence.PROVEN,
                 evidence=(

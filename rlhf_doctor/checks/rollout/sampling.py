@@ -19,6 +19,8 @@ def bent(declared: Mapping[str, Any]) -> bool:
 def listed(samples: Any) -> str:
     """``samples 1, 4 and 5``, few of them."""
     numbers = [str(s) for s in samples]
+    if not numbers:
+        return "no sample"
     if len(numbers) == 1:
         return f"sample {numbers[0]}"
     if len(numbers) > 4:
