@@ -170,9 +170,7 @@ def weighting(traced: Traced) -> Weighting:
         return Weighting("", None, reason="no gradient was seen at the policy's head")
     known = np.isfinite(traced.recovered.raw_advantages)
     if traced.watched and known.any() and not known[base.real].all():
-        return Weighting(
-            "", None, reason="a watched run shows the first minibatch alone, not what was whitened over"
-        )
+        return Weighting("", None, reason="a watched run shows the first minibatch alone, not what was whitened over")
     made = _passes(base, found)
     best: Weighting | None = None
     for _, raw in candidates(traced):
