@@ -151,6 +151,8 @@ def _line(value: Floats, gradient: Floats, penalty: Floats, kind: str, scale: Fl
     spread = np.sqrt((left**2).sum() / (count - len(columns)) * np.diag(np.linalg.inv((x / size).T @ (x / size))))
     if spread[0] > SURE * abs(found[0]) or spread[1] > SURE * abs(found[1]) or found[0] == 0:
         return None
+    if kind != "none" and spread[3] > SURE * abs(found[3]):  # the policy still is the reference: rounding alone
+        return None
     inverse, gamma, carried = (found / size)[:3]
     kl = -float((found / size)[3]) if kind != "none" else 0.0
     return Line(scale / inverse, kind, kl, float(gamma), float(-carried / inverse), misfit, count)

@@ -73,12 +73,20 @@ def test_a_healthy_loop_is_silent(seen: tuple[str, RLHFSetup, Exam]) -> None:
 
 
 def test_targets_are_read_off_by_regression() -> None:
-    setup = built("backbone_direct")
+    setup = built("right_padded_sums")
     with watch(setup) as exam:
         iterate(setup, 2)
     found = exam.traced().recovered
-    assert found.gamma == pytest.approx(setup.declared["gamma"], abs=1e-3)
-    assert found.lam == pytest.approx(setup.declared["lam"], abs=1e-3)
+    assert found.gamma == pytest.approx(setup.declared["gamma"], abs=1e-4)
+    assert found.lam == pytest.approx(setup.declared["lam"], abs=1e-4)
+    gains = {name: edge.gain for name, edge in found.edges.items()}
+    assert gains == {
+        "reward → value target": pytest.approx(1, abs=1e-3),
+        "reward → policy": pytest.approx(1, abs=1e-3),
+        "value → advantage": pytest.approx(-1, abs=1e-3),
+        "reference → reward": pytest.approx(setup.declared["kl_coef"], rel=1e-2),
+        "reference → loss": None,
+    }
 
 
 def test_a_loop_can_be_ended_once_enough_was_seen() -> None:
