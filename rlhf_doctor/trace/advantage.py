@@ -129,6 +129,22 @@ def _rows(traced: Traced, response: Floats, units: Floats) -> list[Response]:
     return found
 
 
+def coupled(traced: Traced, name: str, size: float | None = None) -> bool:
+    """Whether samples that were not touched move as well, beyond a line: rewards are normalised over the batch.
+
+    ``size`` is that of the change that matters, where several were made.
+    """
+    experiment = traced.experiments.done[name]
+    still = trusted(traced) & ~experiment.touched
+    size = float(np.abs(experiment.amounts).max(initial=0.0)) if size is None else size
+    if not still.any() or not size or critic_free(traced):
+        return False
+    moved = np.abs(return_response(traced.recovered, traced.experiments, experiment))[still]
+    if not np.isfinite(moved).any():
+        moved = np.abs(_of_policy(traced, experiment))[still]
+    return bool(np.nanmax(np.where(np.isfinite(moved), moved, 0.0)) > 10 * PRECISE * size)
+
+
 def _of_policy(traced: Traced, experiment: Experiment) -> Floats:
     """How the policy's advantages moved; without a critic as weights, since a group moves together by right."""
     if critic_free(traced):
@@ -144,6 +160,8 @@ def score_gains(traced: Traced, of: str) -> list[Response]:
     """
     made, found = traced.recovered, traced.experiments
     both = of == "target" or (follows(made) and not critic_free(traced))
+    if "one score" in found.done and coupled(traced, "one score"):
+        both = False
     rows: dict[int, Response] = {}
     for name in ("one score", "all scores") if both else ("one score",):
         experiment = found.done.get(name)
@@ -167,6 +185,8 @@ def value_gains(traced: Traced, of: str) -> list[Response]:
     made, found = traced.recovered, traced.experiments
     response = return_response(made, found, experiment) if of == "target" else _of_policy(traced, experiment)
     pushed = np.where((experiment.amounts != 0) & traced.base.real, experiment.moved(traced.base, "old_value"), 0.0)
+    if coupled(traced, "rollout outputs", float(np.nan_to_num(np.abs(pushed)).max(initial=0.0))):
+        return []
     return _rows(traced, response, pushed)
 
 
@@ -246,7 +266,7 @@ def placement(traced: Traced, declared: float | None) -> Placement:
         if kind in ("early", "spread"):
             return Placement(kind, offset, row.sample, row.gain)
     first = rows[0]
-    if critic_free(traced):
+    if critic_free(traced) or coupled(traced, "one score"):  # the scale of the gains says nothing then
         return Placement("last" if found[0][1] != "unknown" else "unknown", 0, first.sample, first.gain)
     lengths = {kind: [len(row.gain) for row, k, _ in found if k == kind] for _, kind, _ in found}
     width = int(traced.base.real.sum(1).max())
