@@ -224,12 +224,12 @@ def disturb(setup: RLHFSetup, traced: Traced) -> Disturbed:
     made: list[Change] = []
     if np.any(values):
         made.append(changes.at_states(base, "value", values, changes.is_update))
+    # In the old log-probabilities alone: there the ratio overflows in idle slots, and no penalty with a graph does.
     poisoned = sum(
-        int((_idle(base, p) != 0).sum()) for p in base.placed if p.call.role == "policy" and changes.is_update(p)
+        int((_idle(base, p) != 0).sum()) for p in base.placed if p.call.role == "policy" and changes.is_old(p)
     )
     if poisoned:
-        made.append(changes.at_columns(base, "policy", lambda p: _idle(base, p), changes.is_update))
-        made.append(changes.at_columns(base, "policy", lambda p: -_idle(base, p), changes.is_old))
+        made.append(changes.at_columns(base, "policy", lambda p: _idle(base, p), changes.is_old))
     run, table, flows = run_changed(setup, traced, made)
     clip = _value_clip(traced, table, size) if table is not None and np.any(values) else None
     return Disturbed(clip, flows, poisoned, not_finite(table), run.error)

@@ -25,8 +25,8 @@ def masked_poison(traced: Traced, disturbed: Disturbed | None = None) -> Iterato
     """
     What it examines:
         The gradients at the heads in the step as it is, and in one whose policy says absurd things in slots that belong
-        to no response: log-probabilities some thousand nats apart, one way in the rollout and the other way in the
-        update. Every gradient should be finite, and no entropy bonus should act outside of the responses.
+        to no response: its old log-probabilities there are some thousand nats away from those of the update. Every
+        gradient should be finite, and no entropy bonus should act outside of the responses.
 
     Why it matters:
         exp of a masked log-ratio is infinite now and then, and infinity times a mask of 0 is NaN, as is NaN times 0.

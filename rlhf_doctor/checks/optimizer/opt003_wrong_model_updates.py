@@ -52,6 +52,8 @@ def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
     moved, held = found.real.moved, found.first.moved
     policy = _owners(setup.policy)
     for role in MODEL_ROLES:
+        if role == "value" and setup.value is setup.policy:
+            continue  # one module, and the policy's finding says it
         names = dict(moved.get(role, {}))
         if role in TRAINED:
             frozen = {n for n, p in _owners(getattr(setup, role)).items() if not p.requires_grad}
@@ -84,9 +86,10 @@ def _said(role: Role) -> str:
 
 
 def _finding(role: Role, said: str, after: str, names: Mapping[str, float]) -> Finding:
+    size = max((x for x in names.values() if x < float("inf")), default=1.0)
     few = ", ".join(list(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return Finding(
-        f"{said}, in {len(names)} parameters, by up to {max(names.values()):.1e} of their size. It should be bit for "
+        f"{said}, in {len(names)} parameters, by up to {size:.1e} of their size. It should be bit for "
         "bit what it was: find what writes into it, and let that work on a copy.",
         role=role,
         confidence=Confidence.PROVEN,
@@ -94,7 +97,7 @@ def _finding(role: Role, said: str, after: str, names: Mapping[str, float]) -> F
             Evidence(
                 "parameters that should stay and are other than before",
                 expected="0",
-                observed=f"{len(names)}, by up to {max(names.values()):.1e} of the largest entry",
+                observed=f"{len(names)}, by up to {size:.1e} of the largest entry",
                 tolerance="bit for bit",
                 where=f"{few}, after {after}",
                 reproduce=f"before = [p.clone() for p in {role}.parameters()]; step(); compare",
