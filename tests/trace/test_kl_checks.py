@@ -67,7 +67,8 @@ def test_sound_loops_are_silent(style: str) -> None:
 
 @pytest.mark.parametrize(("style", "fault", "code", "role"), PLANTED, ids=[f"{s}-{f}" for s, f, *_ in PLANTED])
 def test_planted_mistakes_are_found_and_nothing_else(style: str, fault: str, code: str, role: str) -> None:
-    if fault in importlib.import_module(f"loops.{style}").EDGE - {"controller_told_the_token_mean"}:
+    edge = getattr(importlib.import_module(f"loops.{style}"), "EDGE", set())
+    if fault in edge - {"controller_told_the_token_mean"}:
         pytest.skip("an ordinary batch does not show it")
     assert {(c, f.role) for c, f in of_style(style, fault)} == {(code, role)}
 
