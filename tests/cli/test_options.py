@@ -29,7 +29,7 @@ def typed(*arguments: str) -> Result:
         (["check", "--format", "html,jsn"], "did you mean 'json'"),
         (["check", "--fail-on", "warnings"], "did you mean 'warning'"),
         (["check", "--dtype", "float23"], "did you mean 'float32'"),
-        (["check", "--select", "VAL02"], "did you mean 'VAL002'"),
+        (["check", "--select", "VAL0002"], "did you mean 'VAL002'"),
         (["check", "--ignore", "vallue"], "did you mean 'value'"),
         (["check", "--set", "gamma"], "as in gamma=0.99"),
         (["check", "--timeout", "0"], "--timeout"),
