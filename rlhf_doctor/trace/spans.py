@@ -31,6 +31,8 @@ class Spans:
     Attributes:
         inside: (S, T) whether a response token is trained.
         before: (S,) how many states before the response are, ``after`` (S,) how many past its last token.
+        edge: (S,) whether the state after the last known token is, where more may follow that no pass was given.
+        seen: (S, T) response tokens with a gradient; ``inside`` adds those where none can be seen.
         rows: (S,) whether anything of a sample is.
         real: (S, T) response tokens.
     """
@@ -38,8 +40,22 @@ class Spans:
     inside: Bools
     before: Ints
     after: Ints
+    edge: Bools
+    seen: Bools
     rows: Bools
     real: Bools
+
+    @property
+    def shifted(self) -> bool:
+        """Whether most samples are trained at as many states as they have tokens, but at others: no mask, a shift."""
+        counts = self.seen.sum(1) + self.before + self.after + self.edge
+        late = (self.after > 0) | self.edge
+        some = np.flatnonzero(self.rows & (self.lengths > 1))
+        if not len(some):
+            return False
+        others = ((self.before > 0) | late) & ~self.seen.all(1, where=self.real)
+        alike = np.abs(counts - self.lengths) <= 1
+        return bool((others & alike)[some].mean() > 0.5)
 
     @property
     def counts(self) -> Ints:
@@ -88,6 +104,7 @@ def spans(table: Table, role: Role) -> Spans:
                 sizes[key] = sizes.get(key, 0.0) + float(gradient[n])
     floor = NOTHING * max(sizes.values(), default=0.0)
     inside = np.zeros(table.tokens.shape, dtype=bool)
+    edge = np.zeros(count, dtype=bool)
     before, after = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
     for (s, t), size in sizes.items():
         if size <= floor:
@@ -98,10 +115,13 @@ def spans(table: Table, role: Role) -> Spans:
             before[s] += 1
         elif t > lengths[s] or table.samples[s].ended:  # else the last token may be one that no pass was given
             after[s] += 1
+        else:
+            edge[s] = True
     rows = inside.any(1) | (before > 0) | (after > 0)
+    seen = inside.copy()
     if role == "policy":  # the gradient of a log-probability vanishes where the token is certain
         inside |= table.real & rows[:, None] & (np.nan_to_num(table["logp"], nan=-1.0) > SURE)
     elif table.has("value"):  # that of a clipped value loss where the values are far from the old ones
         gone = np.abs(table["value"] - table["old_value"]) > MOVED * float(np.nanstd(table["value"]))
         inside |= table.real & rows[:, None] & gone
-    return Spans(inside, before, after, rows, table.real)
+    return Spans(inside, before, after, edge, seen, rows, table.real)

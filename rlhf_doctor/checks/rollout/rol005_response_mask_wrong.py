@@ -58,16 +58,14 @@ def response_mask_wrong(traced: Traced) -> Iterator[Finding]:
         seen = spans(traced.base, role)
         if not seen.rows.any():
             continue
+        seen_any = True
+        if seen.shifted:
+            continue
         if role == "value" and not past.any() and (seen.after <= 1).all():
             seen.after[:] = 0  # the state past the end, where TRL's reward stands
-        seen_any = True
         longer = seen.rows & (seen.lengths > 1)
         without_first = longer & ~seen.first & seen.inside.any(1)
         without_last = longer & ~seen.last & seen.inside.any(1)
-        shifted = (seen.after > 0).any() and _most(without_first, longer)
-        shifted |= (seen.before > 0).any() and (_most(without_last, longer) or not seen.inside.any())
-        if shifted:
-            continue
         ended = longer & [s.ended for s in traced.base.samples]
         wrong = []
         if (seen.before > 0).any():
