@@ -45,7 +45,7 @@ def test_healthy_setup_is_silent(family: str, dtype: str, side: str, head: str, 
 @pytest.mark.parametrize(
     ("family", "dtype", "side", "head", "tuning", "layout"),
     [
-        pytest.param(*m, marks=[] if i % 5 == 0 else pytest.mark.exhaustive)
+        pytest.param(*m, marks=[] if i % 10 == 0 else pytest.mark.exhaustive)
         for i, m in enumerate(m for m in MATRIX if m not in SAMPLE)
     ],
 )
