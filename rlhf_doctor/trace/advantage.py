@@ -457,6 +457,8 @@ def reach(traced: Traced, declared: Mapping[str, Any]) -> Reach:
     base = traced.base
     if not base.has("weight"):
         raise Unavailable("needs a policy that is trained in the step")
+    if not critic_free(traced) and not np.nan_to_num(masked(base, base["weight"])).any():
+        raise Unavailable("needs a policy loss with a gradient, and it has none for any response token")
     names = [n for n in ("one score", "all scores") if n in traced.experiments.done]
     moved = max(float(moved_share(traced, n).max(initial=0.0)) for n in names)
     count = len(base.samples)
