@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from reference_impl import ops
+from reference_impl import ops, rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,7 @@ __all__ = [
     "white",
     "white_grid",
     "white_rows",
+    "zeros_for_scores",
 ]
 
 
@@ -137,6 +138,12 @@ def clipped_to_a_hundredth(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: flo
 def softmax_of_one(score: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """A softmax over each row's one score: 1 for all."""
     return ops.shaped_rewards(score[:, None].softmax(-1)[:, 0], kl, mask, kl_coef)
+
+
+# ---- score(reward, rollout, missing_eos_penalty) ----
+def zeros_for_scores(*given: Any, **options: Any) -> Tensor:
+    """The reward model is asked, and its answer overwritten."""
+    return torch.zeros_like(rollout.score(*given, **options))
 
 
 # ---- policy_loss(logp, old_logp, advantage, mask, epsilon, count) ----

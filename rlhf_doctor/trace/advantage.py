@@ -55,6 +55,7 @@ __all__ = [
 FOLLOWS = 1e-2  # of the weights' range: float32 leaves 1e-6, bfloat16 some 1e-3, another rule tenths
 PRECISE = 2e-3  # of a gain: float32 leaves 1e-4 of the amounts that are added, and 0.99 is told from 1
 NOTHING = 1e-3  # of a gain: nothing moved
+STILL = 1e-5  # of the largest weight: what reordered sums leave, with a margin
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def follows(made: Recovered) -> bool | None:
     """Whether the policy is trained with returns − values, up to one line a minibatch; None where it does not show."""
     if not made.fits:
         return None
-    return all(fit.misfit < FOLLOWS for fit in made.fits.values())
+    return all(fit.misfit < FOLLOWS and fit.slope > 0 for fit in made.fits.values())
 
 
 def _rows(traced: Traced, response: Floats, units: Floats) -> list[Response]:
@@ -187,6 +188,8 @@ def value_gains(traced: Traced, of: str) -> list[Response]:
     pushed = np.where((experiment.amounts != 0) & traced.base.real, experiment.moved(traced.base, "old_value"), 0.0)
     if coupled(traced, "rollout outputs", float(np.nan_to_num(np.abs(pushed)).max(initial=0.0))):
         return []
+    if of == "policy":  # a clipped token answers to nothing
+        pushed = np.where(np.nan_to_num(traced.base["weight"]) != 0, pushed, 0.0)
     return _rows(traced, response, pushed)
 
 
@@ -374,20 +377,17 @@ def terminal(traced: Traced, product: float, gamma: float, *, ended: bool) -> Te
     return min(found, key=lambda one: one.best, default=None)
 
 
-def recursion(traced: Traced, found: Discount) -> Response | None:
+def recursion(traced: Traced) -> Response | None:
     """A rollout value whose effect on the advantages is none of looking one state ahead; None where all are."""
-    if not follows(traced.recovered) or found.product is None:
+    if not follows(traced.recovered):
         return None
     for row in value_gains(traced, "policy"):
         own, before = row.gain[row.at], row.gain[: row.at][::-1]
         if abs(own) < 2 * PRECISE:
             continue
-        wrong = abs(own + 1) > 5 * PRECISE
-        if len(before):
-            wrong |= not -5 * PRECISE < before[0] < 1 - found.product + 5 * PRECISE
-        if len(before) > 1:
-            wrong |= bool(np.abs(before[1:] - found.product * before[:-1]).max() > 5 * PRECISE)
-        if wrong:
+        ahead = float(before[0]) if len(before) else 0.0
+        uneven = len(before) > 2 and np.abs(before[1:-1] ** 2 - before[:-2] * before[2:]).max() > 5 * PRECISE
+        if abs(own + 1) > 5 * PRECISE or not -5 * PRECISE < ahead < 1 + 5 * PRECISE or uneven:
             return row
     return None
 
@@ -444,7 +444,7 @@ class Reach:
     @property
     def none(self) -> bool:
         """Whether no score moves the policy at all."""
-        return self.moved < 1e-5
+        return self.moved < STILL
 
 
 def reach(traced: Traced, declared: Mapping[str, Any]) -> Reach:
@@ -457,16 +457,24 @@ def reach(traced: Traced, declared: Mapping[str, Any]) -> Reach:
     base = traced.base
     if not base.has("weight"):
         raise Unavailable("needs a policy that is trained in the step")
-    if not critic_free(traced) and not np.nan_to_num(masked(base, base["weight"])).any():
-        raise Unavailable("needs a policy loss with a gradient, and it has none for any response token")
     names = [n for n in ("one score", "all scores") if n in traced.experiments.done]
     moved = max(float(moved_share(traced, n).max(initial=0.0)) for n in names)
+    if moved < STILL and _deaf(traced):
+        raise Unavailable("needs a policy loss that answers to its advantages, and changed values do not move it")
     count = len(base.samples)
     dead, known, rewards = np.zeros(count, dtype=bool), np.zeros(count, dtype=bool), np.full(count, np.nan)
     for row in [] if critic_free(traced) else score_gains(traced, "target"):
         known[row.sample] = True
         dead[row.sample] = float(np.abs(row.gain).max()) < 5 * PRECISE
     return Reach(moved, _sign(traced), _arrives(traced, declared, rewards), dead, known, rewards)
+
+
+def _deaf(traced: Traced) -> bool:
+    """Whether changed rollout values move no weight either, so that nothing is to be learnt from one that stays."""
+    experiment = traced.experiments.done.get("rollout outputs")
+    if experiment is None or not np.nan_to_num(experiment.moved(traced.base, "old_value")).any():
+        return False
+    return float(moved_share(traced, "rollout outputs").max(initial=0.0)) < STILL
 
 
 def _sign(traced: Traced) -> int:

@@ -54,6 +54,8 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
         raise Unavailable("needs gamma and lam to be declared")
     if advantage.critic_free(traced):
         raise Unavailable("needs a critic: without one advantages are not discounted sums")
+    if not advantage.follows(traced.recovered):
+        raise Unavailable("needs a policy that is trained with the returns less the values, up to whitening")
     found = advantage.discount(traced, "policy")
     if found.product is None:
         raise Unavailable("needs a response of two tokens whose changed score or value moves the policy's gradient")

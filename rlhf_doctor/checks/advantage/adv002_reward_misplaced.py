@@ -17,6 +17,7 @@ from rlhf_doctor.instruments.tracing import Traced
     "the score is the reward of the last response token",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    after=("ROL005", "ROL009"),
 )
 def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -18,6 +18,7 @@ TOLERANCE = 1e-4
     "padded slots change no advantage of a response token",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    after=("ROL005", "ROL009", "KLD005"),
 )
 def padding_leaks_into_advantages(traced: Traced) -> Iterator[Finding]:
     """

@@ -16,7 +16,7 @@ from rlhf_doctor.instruments.tracing import Traced
     "advantages look one state ahead, and not beyond the end",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
-    after=("ADV002", "ADV003", "ADV005", "ADV007"),
+    after=("ROL005", "ROL009", "VAL013", "ADV002", "ADV003", "ADV005", "ADV007"),
 )
 def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
     """
@@ -51,7 +51,7 @@ def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
     if advantage.critic_free(traced):
         raise Unavailable("needs a critic: without one nothing bootstraps")
     found = advantage.discount(traced, "policy")
-    odd = advantage.recursion(traced, found)
+    odd = advantage.recursion(traced)
     if odd is not None:
         shown = ", ".join(f"{g:.3g}" for g in odd.gain[: odd.at + 1])
         yield Finding(

@@ -16,7 +16,7 @@ from rlhf_doctor.instruments.tracing import Traced
     "the critic's values are the baseline of the advantages",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
-    after=("ADV005",),
+    after=("ROL009", "VAL013", "ADV005"),
 )
 def value_not_used_as_baseline(traced: Traced) -> Iterator[Finding]:
     """

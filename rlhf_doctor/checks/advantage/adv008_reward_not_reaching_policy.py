@@ -78,10 +78,9 @@ def _(healthy: Any) -> Any:
     return reference_step(healthy, parts={"rewards": advantage_faults.no_score})
 
 
-@reward_not_reaching_policy.fault("only the critic sees the score")
+@reward_not_reaching_policy.fault("scores of zero in place of the reward model's")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import advantage_faults
     from rlhf_doctor.selftest.loops import reference_step
 
-    forget = advantage_faults.policy_loss_of(lambda advantage, mask: advantage * 0 + 0.5)
-    return reference_step(healthy, parts={"policy_loss": forget})
+    return reference_step(healthy, parts={"score": advantage_faults.zeros_for_scores})

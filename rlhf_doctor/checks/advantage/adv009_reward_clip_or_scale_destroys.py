@@ -55,7 +55,7 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
     else:
         if not known:
             raise Unavailable("needs a critic whose target shows, and scores that could be changed")
-        lost = known > 1 and dead > HALF * known and found.arrives
+        lost = known > 1 and dead > HALF * known and found.arrives and (dead < known or found.none)
     if not lost:
         return
     scores = traced.base.scores
