@@ -5,7 +5,6 @@ The loop runs as it would without: nothing is held back, changed or drawn. What 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,10 +17,9 @@ from rlhf_doctor.examine import Examination, Options, examine
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.setups import RLHFSetup
-from rlhf_doctor.trace.interventions import NEARBY
 from rlhf_doctor.trace.runs import Run
 from rlhf_doctor.trace.table import _continues
-from rlhf_doctor.trace.taps import Call, Enough, Recorder
+from rlhf_doctor.trace.taps import Call, Enough, Recorder, nearby
 from rlhf_doctor.trace.watched import watched
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ class Exam:
         declared = setup.declared.get("temperature", 1.0)
         self.temperature = float(declared) if isinstance(declared, (int, float)) and declared > 0 else 1.0
         self.setup = setup
-        self._recorder = _Watcher(setup, (self.temperature, *(self.temperature * f for f in NEARBY)), steps, stop_after)
+        self._recorder = _Watcher(setup, nearby(self.temperature), steps, stop_after)
         self._made: Examination | None = None
 
     @property
@@ -150,10 +148,8 @@ class _Watcher(Recorder):
         self._moved: dict[Role, dict[str, float]] = {}
         self._updates: list[int] = []  # orders
         self._weights: Tensor | None = None  # of the policy's last call
-        self._started = self._seconds = 0.0
 
     def begin(self) -> None:
-        self._started = time.perf_counter()
         self._before = _fingerprints(self.setup)
         self._entered_here = self.watching()
         self._entered_here.__enter__()
@@ -208,7 +204,6 @@ class _Watcher(Recorder):
             return
         self.finished = True
         self.note_gradients()
-        self._seconds = time.perf_counter() - self._started
         self._moved = _moved(self._before, _fingerprints(self.setup))
         self._before = {}
 
@@ -237,7 +232,7 @@ class _Watcher(Recorder):
         calls: list[Call] = self.calls
         last = max([c.order for c in calls] + [order for order, _, _ in self.steps], default=0)
         ends = list(self.boundaries) if self.boundaries else [last]
-        return Run(calls, self.texts, self.steps, False, self._seconds, self._moved, ends, gradients=self.gradients)
+        return Run(calls, self.texts, self.steps, False, self._moved, ends, gradients=self.gradients)
 
 
 def _fingerprints(setup: RLHFSetup) -> dict[Role, dict[str, tuple[int, Tensor]]]:

@@ -77,12 +77,12 @@ def drawing(setup: Any, traced: Traced) -> Drawing:
     Raises:
         Unavailable: no response was seen.
     """
-    from rlhf_doctor.trace.interventions import NEARBY
+    from rlhf_doctor.trace.taps import nearby
 
     found, base = traced.experiments, traced.base
     if not base.samples:
         raise Unavailable("no response was seen: the policy was not called on token ids, or nothing was trained")
-    temperatures = (base.temperature, *(base.temperature * factor for factor in NEARBY))
+    temperatures = nearby(base.temperature)
     first = _drawn(found.first, setup, base.temperature, base, held=not traced.watched)
     second = None
     if found.second_run is not None and found.second is not None:
@@ -122,7 +122,7 @@ def _drawn(run: Run, setup: Any, temperature: float, table: Table | None = None,
     table = table or tabulate(run, setup, temperature)
     made = draws(run, table, special, held=held)
     if all(made.lost[name] >= made.placed[name] for name in ("old", "new")):
-        samples, _ = _from_rows(split_generation(run.calls)[1], setup, special)
+        samples = _from_rows(split_generation(run.calls)[1], setup, special)
         table = tabulate(run, setup, temperature, samples=samples)
         made = draws(run, table, special, held=held)
     return Drawn(table, run, made)
@@ -140,7 +140,7 @@ def _watched(setup: Any, temperatures: tuple[float, ...], temperature: float) ->
         calls = [c for c in run.calls if start < c.order <= end]
         texts = [t for t in run.texts if start < t.order <= end]
         steps = [s for s in run.steps if start < s[0] <= end]
-        parts.append(_drawn(Run(calls, texts, steps, False, 0.0, {}, [end]), setup, temperature))
+        parts.append(_drawn(Run(calls, texts, steps, False, {}, [end]), setup, temperature))
         start = end
     return parts[0], parts[1] if len(parts) > 1 else None
 

@@ -7,7 +7,7 @@ import gc
 import random
 import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rlhf_doctor.examine import Options
     from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["Live", "Models", "generators_kept", "padded"]
+__all__ = ["Live", "Models", "generator_states", "generators_kept", "padded", "set_generators"]
 
 SMALL = 20_000_000  # parameters: a laptop's core takes about a hundredth of a second for a text of 16 tokens
 
@@ -31,20 +31,39 @@ def generators_kept(seed: int | None = None) -> Iterator[None]:
     """Python's, NumPy's and torch's global generators as they were afterwards; seeded inside where a seed is given."""
     import torch
 
+    states = generator_states()
+    if seed is not None:
+        torch.manual_seed(seed)
+        random.seed(seed)
+    try:
+        yield
+    finally:
+        set_generators(states)
+
+
+def generator_states() -> dict[str, Any]:
+    """The states of Python's, NumPy's and torch's global generators, to be given to ``set_generators``."""
+    import torch
+
     numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices):
-        if seed is not None:
-            torch.manual_seed(seed)
-            random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state() if numpy else None,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
+    }
+
+
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Put the global generators into the states that ``generator_states`` gave."""
+    import torch
+
+    random.setstate(states["python"])
+    if states["numpy"] is not None:
+        sys.modules["numpy"].random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 @contextmanager

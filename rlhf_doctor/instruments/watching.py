@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlhf_doctor.facts import Unavailable
-from rlhf_doctor.instruments.models import generators_kept, module_kept
+from rlhf_doctor.trace.keep import Snapshot, run_kept
 
 if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["everything_kept", "learn_call"]
+__all__ = ["learn_call"]
 
 
 class _Seen(BaseException):
@@ -40,7 +38,7 @@ def learn_call(setup: RLHFSetup, module: torch.nn.Module) -> tuple[Callable[...,
             caught.append((args, dict(kwargs)))
             raise _Seen
 
-    with everything_kept(setup):
+    with run_kept(Snapshot(setup)), torch.enable_grad():
         handle = module.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             setup.step()
@@ -86,43 +84,3 @@ def _fill(slot: str, value: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any:
     if slot == "positions":
         return (mask.cumsum(-1) - 1).clamp(min=0)
     return mask.to(value.dtype) if slot == "mask" else value
-
-
-@contextmanager
-def everything_kept(setup: RLHFSetup) -> Iterator[None]:
-    """Parameters, buffers, gradients, optimizers, ``state`` and generators bit for bit as they were afterwards."""
-    modules = [m for m in map(setup.model, setup.present) if isinstance(m, torch.nn.Module)]
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(generators_kept())
-        for module in modules:
-            stack.enter_context(module_kept(module))
-        weights = [(p, p.detach().clone()) for module in modules for p in module.parameters() if not p.is_meta]
-        gradients = [(p.grad, p.grad.clone()) for p, _ in weights if p.grad is not None]
-        carried = [(c, copy.deepcopy(_state_of(c))) for c in (*setup.optimizers, *setup.state)]
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            _copy_back([*weights, *gradients])
-            for holder, state in carried:
-                _set_state(holder, state)
-
-
-def _copy_back(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for tensor, copied in pairs:
-        if not torch.equal(tensor, copied):
-            tensor.copy_(copied)
-
-
-def _state_of(holder: Any) -> Any:
-    if callable(getattr(holder, "state_dict", None)):
-        return holder.state_dict()
-    return dict(vars(holder)) if hasattr(holder, "__dict__") else None
-
-
-def _set_state(holder: Any, state: Any) -> None:
-    if callable(getattr(holder, "load_state_dict", None)):
-        holder.load_state_dict(state)
-    elif state is not None:
-        vars(holder).clear()
-        vars(holder).update(state)

@@ -105,7 +105,7 @@ def _pushed(traced: Traced, setup: RLHFSetup, push: float) -> tuple[Table, Table
     start, end = run.boundaries[:2]
     later = Run(
         [c for c in run.calls if start < c.order <= end], [t for t in run.texts if start < t.order <= end], [],
-        run.stopped, run.seconds, {}, [end], None, run.error,
+        run.stopped, {}, [end], None, run.error,
     )  # fmt: skip
     return first, tabulate(later, setup, traced.temperature)
 

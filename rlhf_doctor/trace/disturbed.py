@@ -210,7 +210,7 @@ def run_changed(
             stopped = True
         except Exception as raised:  # the setup's code may raise anything
             error = " ".join(f"{type(raised).__name__}: {raised}".split())[:200]
-    run = Run(watcher.calls, watcher.texts, watcher.steps, stopped, 0.0, {}, boundaries, None, error)
+    run = Run(watcher.calls, watcher.texts, watcher.steps, stopped, {}, boundaries, None, error)
     table = tabulate(run, setup, traced.temperature, samples=traced.base.samples) if run.calls else None
     return run, table, watcher.flows
 

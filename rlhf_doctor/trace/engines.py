@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlhf_doctor.instruments.models import set_generators
 from rlhf_doctor.trace.keep import run_kept
-from rlhf_doctor.trace.runs import Run, Stepper, _set_generators
+from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.taps import Enough, Recorder
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def watched_run(
     stopped, error = False, ""
     with run_kept(stepper.snapshot):
         if seed is None:
-            _set_generators(stepper.generators)
+            set_generators(stepper.generators)
         else:
             _seeded(seed)
         try:
@@ -81,7 +82,7 @@ def watched_run(
             stopped = True
         except Exception as raised:
             error = f"{type(raised).__name__}: {raised}"
-    return Run(recorder.calls, recorder.texts, recorder.steps, stopped, 0.0, {}, boundaries, None, error)
+    return Run(recorder.calls, recorder.texts, recorder.steps, stopped, {}, boundaries, None, error)
 
 
 def _seeded(seed: int) -> None:

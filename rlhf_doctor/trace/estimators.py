@@ -78,9 +78,7 @@ def reference_logp(table: Table, temperature: float) -> Floats:
     """The reference's log-probabilities at another temperature than the declared one, (S, T)."""
     if temperature == table.temperature:
         return table["ref_logp"]
-    at = Table(
-        table.samples, table.tokens, table.real, {}, [], [], table.prompt_known, {}, table.scores, "", [], temperature
-    )
+    at = Table(table.samples, table.tokens, table.real, {}, [], [], {}, table.scores, "", [], temperature)
     for placed in table.placed:
         if placed.call.role == "reference" and temperature in placed.call.lse:
             _put(at, "ref_logp", placed, _logp(at, placed, temperature))

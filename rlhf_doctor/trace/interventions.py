@@ -12,7 +12,7 @@ from rlhf_doctor.facts import Broken
 from rlhf_doctor.trace import changes
 from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.table import Placed, Table, tabulate
-from rlhf_doctor.trace.taps import Change
+from rlhf_doctor.trace.taps import Change, nearby
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +27,6 @@ __all__ = ["Changed", "Experiment", "Experiments", "conduct"]
 SMALL = 0.05  # nats or score units: far above float32's rounding, far below any clip range in use
 POISON = 1e3
 SEED = 20
-NEARBY = (0.5, 0.7, 0.85, 1.2, 1.5)  # of the declared temperature: what tokens may have been drawn at instead
 
 
 @dataclass
@@ -92,7 +91,6 @@ class Experiments:
     reproducible: bool = True
     noise: dict[str, float] = field(default_factory=dict)  # field -> largest difference over the field's range
     by_hand: bool = False
-    seconds: float = 0.0
     runs: int = 0
     second_run: Run | None = None
 
@@ -109,7 +107,7 @@ def conduct(
         Broken: the unchanged step raises, or never calls the policy.
     """
     progress("running the step")
-    stepper = Stepper(setup, (temperature, *(temperature * factor for factor in NEARBY)))
+    stepper = Stepper(setup, nearby(temperature))
     first = stepper.run()
     _require_policy(first)
     stepper.by_hand = bool(first.moved)
@@ -176,7 +174,7 @@ def _second_step(found: Experiments, real: Run, setup: RLHFSetup, temperature: f
         [c for c in real.calls if c.order > start],
         [t for t in real.texts if t.order > start],
         [s for s in real.steps if s[0] > start],
-        real.stopped, real.seconds, {}, [real.boundaries[1]], real.returned, real.error,
+        real.stopped, {}, [real.boundaries[1]], real.returned, real.error,
     )  # fmt: skip
     found.second_run = later
     found.second = tabulate(later, setup, temperature)

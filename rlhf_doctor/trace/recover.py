@@ -61,7 +61,7 @@ class Recovered:
         returns: V − gradient / kappa: the target that the critic is trained towards.
         advantages: what the policy is trained with, in units of the returns where they fit them, else as weights.
         raw_advantages: returns − rollout value.
-        row_scale: (S,) how a row's tokens are weighted beside other rows'; ``aggregation`` names it.
+        row_scale: (S,) how a row's tokens are weighted beside other rows'.
         fits: window -> how the policy's weights follow from ``raw_advantages``.
         gamma_lam, gamma, lam: measured; None where not identifiable.
         rewards: per token, from the returns by inverting GAE with the measured (else declared) gamma and lambda.
@@ -73,7 +73,6 @@ class Recovered:
     raw_advantages: Floats
     advantages: Floats
     row_scale: Floats
-    aggregation: str | None
     fits: dict[int, Fit]
     gamma_lam: float | None = None
     gamma: float | None = None
@@ -96,7 +95,7 @@ def recover(found: Experiments, declared: dict[str, object]) -> Recovered:
     """Everything that can be identified from the experiments; never a guess."""
     base = found.base
     nothing = np.full(base.tokens.shape, np.nan)
-    made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), None, {})
+    made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), {})
     _returns(made, found)
     _fits(made, base)
     _discount(made, found)
@@ -141,34 +140,24 @@ def _fits(made: Recovered, base: Table) -> None:
         return
     lengths = np.maximum(base.real.sum(1), 1).astype(np.float64)
     weight = masked(base, base["weight"])
-    best: tuple[float, str, Floats, dict[int, Fit]] | None = None
-    for name, scale in (("token-mean", np.ones(len(lengths))), ("seq-mean", 1 / lengths)):
+    best: tuple[float, Floats, dict[int, Fit]] | None = None
+    for scale in (np.ones(len(lengths)), 1 / lengths):  # means over tokens, over rows
         fits = _fit_windows(weight / scale[:, None], made.raw_advantages, base)
         if fits:
             misfit = float(np.median([f.misfit for f in fits.values()]))
             if best is None or misfit < 0.5 * best[0]:
-                best = (misfit, name, scale, fits)
+                best = (misfit, scale, fits)
     made.advantages = weight
     if best is None:
         made.reasons["advantages"] = made.reasons.get("returns", "returns and weights have no token in common")
         return
-    misfit, name, scale, fits = best
+    _, scale, fits = best
     made.fits, made.row_scale = fits, scale
-    if misfit < 1e-2 and len(set(lengths.tolist())) > 1:
-        made.aggregation = _sums(fits) if name == "token-mean" else name
     scaled = np.full(weight.shape, np.nan)
     for window, fit in fits.items():
         inside = base["window"] == window
         scaled[inside] = (weight / scale[:, None])[inside] / fit.slope if fit.slope else np.nan
     made.advantages = scaled
-
-
-def _sums(fits: dict[int, Fit]) -> str | None:
-    """Whether rows that weigh alike are divided by the tokens of each minibatch or by something that stays."""
-    slopes, counts = (np.array([getattr(f, n) for f in fits.values()], dtype=float) for n in ("slope", "count"))
-    if np.ptp(counts) == 0:
-        return None if len(fits) > 1 else "token-mean"
-    return "token-mean" if np.ptp(slopes * counts) * counts.mean() < np.ptp(slopes) * counts.mean() ** 2 else "seq-sum"
 
 
 def _fit_windows(weight: Floats, raw: Floats, base: Table) -> dict[int, Fit]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 
 from rlhf_doctor.facts import Broken, raised_by_the_setup
 from rlhf_doctor.finding import MODEL_ROLES, Role
+from rlhf_doctor.instruments.models import generator_states, set_generators
 from rlhf_doctor.trace.keep import Snapshot, run_kept
 from rlhf_doctor.trace.taps import Call, Change, Enough, Recorder, ScoredTexts
 
@@ -33,7 +33,6 @@ class Run:
     texts: list[ScoredTexts]
     steps: list[tuple[int, Any, frozenset[Role]]]
     stopped: bool
-    seconds: float
     moved: dict[Role, dict[str, float]] = field(default_factory=dict)
     boundaries: list[int] = field(default_factory=list)  # order at the end of each step
     returned: Any = None
@@ -54,7 +53,7 @@ class Stepper:
         self.temperatures = tuple(temperatures)
         self.snapshot = Snapshot(setup)
         self.by_hand = False
-        self.generators = _generator_states()
+        self.generators = generator_states()
         self.runs = 0
         self.trained: frozenset[Role] = frozenset()
 
@@ -83,10 +82,10 @@ class Stepper:
             known_optimizers=self.snapshot.optimizers,
             trained=self.trained,
         )
-        started, stopped, error, returned = time.perf_counter(), False, "", None
+        stopped, error, returned = False, "", None
         boundaries: list[int] = []
         with run_kept(self.snapshot):
-            _set_generators(self.generators)
+            set_generators(self.generators)
             try:
                 with warnings.catch_warnings(), recorder.watching(), torch.enable_grad():
                     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # held steps are not counted
@@ -105,8 +104,8 @@ class Stepper:
         if self.runs == 1:
             self.trained = frozenset(c.role for c in recorder.calls if c.backwards)
         return Run(
-            recorder.calls, recorder.texts, recorder.steps, stopped, time.perf_counter() - started, moved, boundaries,
-            returned, error, recorder.gradients,
+            recorder.calls, recorder.texts, recorder.steps, stopped, moved, boundaries, returned, error,
+            recorder.gradients,
         )  # fmt: skip
 
     def _moved(self) -> dict[Role, dict[str, float]]:
@@ -131,29 +130,3 @@ def _said(error: BaseException, runs: int) -> str:
     where = raised_by_the_setup(error)
     which = "its first run" if runs == 0 else f"run {runs + 1}, from the same state as the first"
     return f"loop: the step raised {text}{f' ({where})' if where else ''} in {which}"
-
-
-def _generator_states() -> dict[str, Any]:
-    import random
-    import sys
-
-    numpy = sys.modules.get("numpy")
-    return {
-        "python": random.getstate(),
-        "numpy": numpy.random.get_state() if numpy else None,
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,  # type: ignore[no-untyped-call]
-    }
-
-
-def _set_generators(states: dict[str, Any]) -> None:
-    import random
-    import sys
-
-    random.setstate(states["python"])
-    numpy = sys.modules.get("numpy")
-    if numpy and states["numpy"] is not None:
-        numpy.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state_all(states["cuda"])

@@ -97,14 +97,12 @@ class Table:
     fields: dict[str, Floats]
     placed: list[Placed]
     generation: list[Call]
-    prompt_known: bool
     outside: dict[str, Floats]  # role -> weights of what is trained outside of the responses, per sample
     scores: Floats  # (S,)
     scores_by: str  # "ids", "texts", "order", ""
     score_rows: list[tuple[int, int]]  # (order of the call, row) of each sample's score
     temperature: float
     windows: dict[str, Ints] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> Floats:
         """A field, all NaN where it was never seen."""
@@ -210,7 +208,7 @@ def _until_end(tokens: Iterable[Any], eos: frozenset[int]) -> tuple[tuple[int, .
     return tuple(kept), False
 
 
-def _from_rows(calls: Sequence[Call], setup: RLHFSetup, special: Special) -> tuple[list[Sample], bool]:
+def _from_rows(calls: Sequence[Call], setup: RLHFSetup, special: Special) -> list[Sample]:
     """Samples from the rows that the policy is trained on, where sampling was not seen."""
     prompts = _encoded_prompts(setup)
     found: dict[tuple[int, ...], int] = {}
@@ -230,15 +228,13 @@ def _from_rows(calls: Sequence[Call], setup: RLHFSetup, special: Special) -> tup
             if tuple(map(int, real)) not in found:
                 found[tuple(map(int, real))] = len(first_trained)
                 first_trained.append(int(trained.min()) - start + 1 if len(trained) else -1)
-    samples, known = [], bool(found)
+    samples = []
     for tokens, at in found.items():
         fitting = [p for p in prompts if tokens[: len(p)] == p]
-        length = max(map(len, fitting), default=0)
-        if not length:
-            known, length = False, max(first_trained[at], 1)
+        length = max(map(len, fitting), default=0) or max(first_trained[at], 1)
         response, ended = _until_end(tokens[length:], special.eos)
         samples.append(Sample(tokens[:length], response, ended, True))
-    return samples, known
+    return samples
 
 
 def _encoded_prompts(setup: RLHFSetup) -> list[tuple[int, ...]]:
@@ -377,11 +373,10 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     kept = {id(c.source) for c in rest if c.role == "policy"}
     sampling = {id(c.source) for episode in episodes for c in episode} - kept
     rest = [c for c in rest if id(c.source) not in sampling]  # a second head of the sampling model
-    prompt_known = True
     if samples is None:
         samples = [s for episode in episodes for s in generated(episode, special)]
         if not samples:
-            samples, prompt_known = _from_rows(rest, setup, special)
+            samples = _from_rows(rest, setup, special)
         _complete(samples, rest, special)
     places = Places(samples, special)
     used: dict[str, Counter[int]] = {}
@@ -397,7 +392,7 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
         real[i, : len(s.response)] = True
     drawn, unknown = [c for e in episodes for c in e], np.full(len(samples), np.nan)
     table = Table(
-        samples, tokens, real, {}, placed, drawn, prompt_known, {}, unknown, "", [(-1, -1)] * len(samples), temperature,
+        samples, tokens, real, {}, placed, drawn, {}, unknown, "", [(-1, -1)] * len(samples), temperature,
     )  # fmt: skip
     _fill_policy(table)
     _fill_values(table)
@@ -416,21 +411,27 @@ def _complete(samples: list[Sample], calls: Sequence[Call], special: Special) ->
         ids = call.ids.cpu().numpy()
         mask = call.source.mask.cpu().numpy().astype(bool) if call.source.mask is not None else None
         used: Counter[int] = Counter()
+        seen: list[tuple[tuple[int, ...], int, bool]] = []  # (all before it, token, whether it may be filler)
+        cut = False  # some row ends before its last token
         for b, row in enumerate(ids):
             sample, start = places.find(row.tolist(), _starts(row, mask, b, special.pad), used)
             if sample < 0 or samples[sample].complete:
                 continue
             at = start + len(samples[sample].tokens)
-            known = at < len(row) and not (mask is not None and mask.shape == ids.shape and not mask[b, at])
-            if known and (mask is not None or not _filler(row, at)):
-                votes.setdefault(samples[sample].tokens, Counter())[int(row[at])] += 1
+            cut |= at >= len(row)
+            if at < len(row) and not (mask is not None and mask.shape == ids.shape and not mask[b, at]):
+                seen.append((samples[sample].tokens, int(row[at]), mask is None and _filler(row, at)))
+        cut = cut or all(filler for _, _, filler in seen)
+        for tokens, token, filler in seen:
+            if not (cut and filler):
+                votes.setdefault(tokens, Counter())[token] += 1
     alike: dict[tuple[int, ...], list[Sample]] = {}
     for s in samples:
         if not s.complete:
             alike.setdefault(s.tokens, []).append(s)
     for tokens, group in alike.items():
-        seen = votes.get(tokens, Counter())
-        shares = [t for t, n in seen.most_common() for _ in range(max(1, round(len(group) * n / seen.total())))]
+        counted = votes.get(tokens, Counter())
+        shares = [t for t, n in counted.most_common() for _ in range(max(1, round(len(group) * n / counted.total())))]
         for s, token in zip(group, shares[: len(group)] + shares[-1:] * (len(group) - len(shares)), strict=False):
             s.response += (token,)
             s.ended = token in special.eos
@@ -439,7 +440,7 @@ def _complete(samples: list[Sample], calls: Sequence[Call], special: Special) ->
 
 
 def _filler(row: Ints, at: int) -> bool:
-    """Whether a row merely repeats its last token from here on, as loops do that gather past the end."""
+    """Whether a row repeats one token from here on, as where a loop gathers past the end; a response may do so too."""
     return at > 0 and bool((row[at:] == row[at - 1]).all())
 
 

@@ -24,7 +24,7 @@ from rlhf_doctor.instruments.calling import pick
 if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["CANDIDATES", "COLUMNS", "Call", "Change", "Enough", "Recorder", "ScoredTexts"]
+__all__ = ["CANDIDATES", "COLUMNS", "Call", "Change", "Enough", "Recorder", "ScoredTexts", "nearby"]
 
 COLUMNS = 32  # vocabulary entries whose logits are kept for every row
 CANDIDATES = (-1, 0, 1, 2)  # offsets from a column to the tokens that may be its action; 1 is right
@@ -121,6 +121,11 @@ class Change:
 
     role: Role
     apply: Callable[[Call, Tensor], Tensor | None]
+
+
+def nearby(temperature: float) -> tuple[float, ...]:
+    """The declared temperature, and those around it that tokens may have been drawn at instead."""
+    return (temperature, *(temperature * factor for factor in (0.5, 0.7, 0.85, 1.2, 1.5)))
 
 
 class Recorder(TorchFunctionMode):
@@ -372,11 +377,13 @@ class Recorder(TorchFunctionMode):
         call.candidates = torch.stack(tokens, 1)
         call.at_candidates = logits.gather(1, call.candidates.clamp(min=0)).float()
         call.at_columns = logits[:, fixed].float()
-        pieces: dict[float, list[Tensor]] = {t: [] for t in self.temperatures}
+        # Only the policy's tokens may have been drawn at a temperature that no one has declared.
+        wanted = self.temperatures if call.role == "policy" else tuple(dict.fromkeys((self.temperatures[0], 1.0)))
+        pieces: dict[float, list[Tensor]] = {t: [] for t in wanted}
         entropies = []
         for piece in logits.split(max(1, CHUNK // size)):  # type: ignore[no-untyped-call]
             z = piece.float() if piece.dtype != torch.float64 else piece
-            for i, t in enumerate(self.temperatures):
+            for i, t in enumerate(wanted):
                 zt = z if t == 1 else z / t
                 if i or call.role == "reference":
                     pieces[t].append(zt.logsumexp(-1))

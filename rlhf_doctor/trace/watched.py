@@ -58,7 +58,7 @@ def watched(setup: RLHFSetup, run: Run, temperature: float) -> Traced:
     _require_policy(run)
     base = tabulate(run, setup, temperature)
     _first_update_alone(base)
-    found = Experiments(base, run, None, None, None, reasons={"*": ONCE}, by_hand=True, runs=1, seconds=run.seconds)
+    found = Experiments(base, run, None, None, None, reasons={"*": ONCE}, by_hand=True, runs=1)
     if len(run.boundaries) == 1 and run.calls and run.calls[-1].order > run.boundaries[0]:
         last = max([c.order for c in run.calls] + [order for order, _, _ in run.steps])
         run.boundaries.append(last)
@@ -68,7 +68,7 @@ def watched(setup: RLHFSetup, run: Run, temperature: float) -> Traced:
 
 def _recovered(base: Table, second: Table | None, declared: dict[str, object]) -> Recovered:
     nothing = np.full(base.tokens.shape, np.nan)
-    made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), None, {})
+    made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), {})
     line, reason = targets(base)
     if line is None:
         made.reasons["returns"] = reason
@@ -80,7 +80,6 @@ def _recovered(base: Table, second: Table | None, declared: dict[str, object]) -
         made.gamma, made.gamma_lam = line.gamma, line.gamma_lam
         made.lam = line.gamma_lam / line.gamma if line.gamma else None
     _fits(made, base)
-    made.aggregation = None  # one minibatch does not tell
     _rewards(made, base, declared)
     made.edges = {name: Edge(name, None, ONCE) for name in EDGES}
     if line is not None:

@@ -228,7 +228,7 @@ def test_the_critic_is_not_said_to_learn_where_it_is_not_trained(sound: Case) ->
         sound[1].experiments.first, calls=[c for c in sound[1].experiments.first.calls if c.role != "value"]
     )
     found = dataclasses.replace(sound[1].experiments, first=first)
-    learns, said, _ = _answer(sound[0], dataclasses.replace(sound[1], experiments=found))
+    learns, said, _ = _answer(sound[0], Traced(found, sound[1].recovered, 1.0))
     assert learns == "no"
     assert "never calls it" in said
 

@@ -6,65 +6,39 @@ The faults that the checks ship with are tried with all others in test_selftest.
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import pytest
 import torch
+from loops.examined import STYLES, built, examined, grave, names, one_thread, planted
 
 from rlhf_doctor.check import registry
-from rlhf_doctor.examine import Options, examine
-from rlhf_doctor.finding import Errored, Finding, Severity
+from rlhf_doctor.finding import Finding, Severity
 from rlhf_doctor.selftest import group_loop
 from rlhf_doctor.selftest.loops import reference_step
 from rlhf_doctor.setups import RLHFSetup
 
 CODES = tuple(code for code in registry() if code.startswith("ADV"))
-STYLES = (
-    "backbone_direct",
-    "grpo_groups",
-    "joined_v_head",
-    "lora_adapter_off",
-    "micro_batches",
-    "plain_modules",
-    "right_padded_sums",
-)
 # Here every score becomes 0 or is lost: nothing is left to tell it from a score that is not used.
 SEEN_AS = {
     ("grpo_groups", "score_rounded"): "ADV008",
     ("joined_v_head", "score_in_the_last_column"): "ADV008",
     ("plain_modules", "text_scores_cut_to_whole_numbers"): "ADV008",
 }
-PLANTED = [
-    (style, fault, SEEN_AS.get((style, fault), code), role)
-    for style in STYLES
-    for fault, (code, role) in importlib.import_module(f"loops.{style}").FAULTS.items()
-    if code in CODES
-]
+PLANTED = [(s, fault, SEEN_AS.get((s, fault), code), role) for s, fault, code, role in planted(CODES)]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def findings(setup: RLHFSetup) -> list[tuple[str, Finding]]:
-    """(code, finding); a crash or a setup that cannot be judged fails."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            found = examine(setup, select=CODES, options=Options(show=False))
-    finally:
-        torch.set_num_threads(threads)
-    crashed = [o.traceback for o in found.outcomes.values() if isinstance(o, Errored)]
-    assert not crashed, crashed[0]
-    assert found.errors == ()
-    return list(found.findings)
+    """(code, finding) of these checks."""
+    with one_thread():
+        return list(examined(setup, CODES).findings)
 
 
 @functools.cache
 def of_style(style: str, fault: str | None, **more: Any) -> list[tuple[str, Finding]]:
     """What is found in a loop of this style."""
-    module = pytest.importorskip(f"loops.{style}", exc_type=ImportError)
-    return findings(RLHFSetup.from_mapping(module.build(fault, **more), origin=style))
+    return findings(built(style, fault, **more))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -76,12 +50,11 @@ def test_a_sound_loop_with_a_reward_function_is_silent() -> None:
     assert of_style("plain_modules", None, reward="texts") == []
 
 
-@pytest.mark.parametrize(("style", "fault", "code", "role"), PLANTED, ids=[f"{s}-{f}" for s, f, *_ in PLANTED])
+@pytest.mark.parametrize(("style", "fault", "code", "role"), PLANTED, ids=names(PLANTED))
 def test_planted_mistakes_are_found_and_nothing_else(style: str, fault: str, code: str, role: str) -> None:
     found = of_style(style, fault)
     assert (code, role) in [(c, f.role) for c, f in found]
-    grave = {c for c, f in found if (f.severity or registry()[c].severity) is not Severity.INFO}
-    assert grave <= {code}
+    assert {c for c, _ in grave(found)} <= {code}
 
 
 def test_reference_step_is_silent(healthy: RLHFSetup) -> None:

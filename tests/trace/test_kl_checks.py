@@ -11,55 +11,30 @@ from typing import Any
 
 import pytest
 import torch
+from loops.examined import STYLES, built, examined, names, one_thread, planted
 
-from rlhf_doctor.examine import Options, examine
-from rlhf_doctor.finding import Errored, Finding
+from rlhf_doctor.finding import Finding
 from rlhf_doctor.selftest import reward_losses
 from rlhf_doctor.selftest.loops import reference_step
 from rlhf_doctor.setups import RLHFSetup
 
 CODES = ("KLD002", "KLD003", "KLD004", "KLD005", "KLD006", "REF005", "REF006", "REW014")
-STYLES = (
-    "backbone_direct",
-    "grpo_groups",
-    "joined_v_head",
-    "lora_adapter_off",
-    "micro_batches",
-    "plain_modules",
-    "right_padded_sums",
-)
-PLANTED = [
-    (style, fault, code, role)
-    for style in STYLES
-    for fault, (code, role) in importlib.import_module(f"loops.{style}").FAULTS.items()
-    if code in CODES
-]
+PLANTED = planted(CODES)
 # Known misses: an update by hand shows the first minibatch alone, and too few of its tokens.
 MISSED = {("plain_modules", "kl_penalty_ten_times")}
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def findings(setup: RLHFSetup, codes: tuple[str, ...] = CODES) -> list[tuple[str, Finding]]:
-    """(code, finding); a crash or a setup that cannot be judged fails."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            found = examine(setup, select=codes, options=Options(show=False))
-    finally:
-        torch.set_num_threads(threads)
-    crashed = [o.traceback for o in found.outcomes.values() if isinstance(o, Errored)]
-    assert not crashed, crashed[0]
-    assert found.errors == ()
-    return list(found.findings)
+    """(code, finding) of these checks."""
+    with one_thread():
+        return list(examined(setup, codes).findings)
 
 
 @functools.cache
 def of_style(style: str, fault: str | None) -> list[tuple[str, Finding]]:
     """What is found in a loop of this style."""
-    module = pytest.importorskip(f"loops.{style}", exc_type=ImportError)
-    return findings(RLHFSetup.from_mapping(module.build(fault), origin=style))
+    return findings(built(style, fault))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -67,7 +42,7 @@ def test_sound_loops_are_silent(style: str) -> None:
     assert of_style(style, None) == []
 
 
-@pytest.mark.parametrize(("style", "fault", "code", "role"), PLANTED, ids=[f"{s}-{f}" for s, f, *_ in PLANTED])
+@pytest.mark.parametrize(("style", "fault", "code", "role"), PLANTED, ids=names(PLANTED))
 def test_planted_mistakes_are_found(style: str, fault: str, code: str, role: str) -> None:
     if (style, fault) in MISSED:
         pytest.xfail("a known miss")

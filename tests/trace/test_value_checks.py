@@ -2,86 +2,45 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from loops.examined import STYLES, built, examined, grave, names, one_thread, planted
 
-from rlhf_doctor.check import registry
-from rlhf_doctor.examine import Examination, Options, examine
-from rlhf_doctor.finding import Confidence, Errored, Severity, Skipped, Stage
+from rlhf_doctor.finding import Skipped
 from rlhf_doctor.selftest.loops import reference_step
 from rlhf_doctor.selftest.run import Patients
 from rlhf_doctor.selftest.value_faults import Remembered
 from rlhf_doctor.setups import RLHFSetup
 
 CODES = ("VAL008", "VAL009", "VAL010", "VAL011", "VAL012", "VAL013", "SYS008", "SYS009")
-LOOPS = (
-    "backbone_direct", "grpo_groups", "joined_v_head", "lora_adapter_off", "micro_batches", "plain_modules",
-    "right_padded_sums", "trl_ppo",
-)  # fmt: skip
-NEEDS = {"lora_adapter_off": ("peft",), "trl_ppo": ("trl", "datasets")}
 # What these draw with or count by is reached from the step and put back, so two runs from one state agree.
-UNSEEN = {
+UNSEEN = (
     ("backbone_direct", "prompts_turn_on_between_steps"),
     ("lora_adapter_off", "prompts_from_an_unseeded_generator"),
     ("right_padded_sums", "cursor_is_not_in_the_state"),
-}
-
-
-def there(name: str) -> bool:
-    return all(importlib.util.find_spec(needed) for needed in NEEDS.get(name, ()))
-
-
-def faults() -> Iterator[Any]:
-    """Every fault of the loops whose code is one of these."""
-    for name in filter(there, LOOPS):
-        for fault, (code, role) in importlib.import_module(f"loops.{name}").FAULTS.items():
-            if code in CODES and (name, fault) not in UNSEEN:
-                yield pytest.param(name, fault, code, role, id=f"{name}-{fault}")
+)
+PLANTED = planted(CODES, but=UNSEEN)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_own_seed() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+def _one_thread_and_own_seed() -> Any:
+    with one_thread():
         yield
-    torch.set_num_threads(threads)
-
-
-def examined(setup: RLHFSetup) -> Examination:
-    found = examine(setup, select=CODES, options=Options(stage=Stage.TRACE, show=False))
-    assert [o.traceback for o in found.outcomes.values() if isinstance(o, Errored)] == []
-    assert found.errors == ()
-    return found
 
 
 def told(setup: RLHFSetup) -> list[tuple[str, str]]:
     """(code, role) of what these checks say as errors or warnings."""
-    checks = registry()
-    return [
-        (code, finding.role)
-        for code, finding in examined(setup).findings
-        if (finding.severity or checks[code].severity) is not Severity.INFO
-        and finding.confidence is not Confidence.SUSPECTED
-    ]
+    return grave(examined(setup, CODES).findings)
 
 
-def built(name: str, fault: str | None = None, **options: Any) -> RLHFSetup:
-    return RLHFSetup.from_mapping(importlib.import_module(f"loops.{name}").build(fault, **options))
-
-
-@pytest.mark.parametrize("name", list(filter(there, LOOPS)))
+@pytest.mark.parametrize("name", STYLES)
 def test_healthy_loops_are_let_pass(name: str) -> None:
     assert told(built(name)) == []
 
 
-@pytest.mark.parametrize(("name", "fault", "code", "role"), list(faults()))
+@pytest.mark.parametrize(("name", "fault", "code", "role"), PLANTED, ids=names(PLANTED))
 def test_faults_of_other_loops_are_found(name: str, fault: str, code: str, role: str) -> None:
     assert (code, role) in told(built(name, fault))
 
@@ -103,7 +62,7 @@ def test_settings_are_no_faults(settings: dict[str, Any], shared_patients: Patie
 
 
 def test_a_value_coefficient_of_zero_is_another_fault(shared_patients: Patients) -> None:
-    found = examined(reference_step(shared_patients.healthy, settings={"vf_coef": 0.0}))
+    found = examined(reference_step(shared_patients.healthy, settings={"vf_coef": 0.0}), CODES)
     assert found.findings == ()
     assert isinstance(found.outcomes["VAL009"], Skipped)
 

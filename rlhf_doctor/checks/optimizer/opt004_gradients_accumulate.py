@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
@@ -53,7 +54,7 @@ def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Findi
         left = [b for b in flow.before if b > LEFT]
         if left:
             yield _finding(
-                f"The {_said(role)}'s gradients are not zeroed between updates: each one adds to what the last one "
+                f"The {spoken(role)}'s gradients are not zeroed between updates: each one adds to what the last one "
                 "left. Call zero_grad before the first backward pass of every update.",
                 "gradient before an update's first backward pass, over what this pass brings",
                 "0",
@@ -64,7 +65,7 @@ def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Findi
     for role, flow in disturbed.flows.items():
         if _cut(flow, CUT):
             yield _finding(
-                f"The {_said(role)}'s gradients are cut to nothing before its optimizer steps. A clip should leave a "
+                f"The {spoken(role)}'s gradients are cut to nothing before its optimizer steps. A clip should leave a "
                 "norm that moves the weights, such as 1.",
                 "gradient that the optimizer finds, over what the backward passes brought",
                 "1, less what a clip takes",
@@ -93,10 +94,6 @@ def _cut(flow: Flow, limit: float) -> bool:
     if flow.found:
         return max(flow.found) < limit
     return any(0 < x < limit for x in flow.seen)
-
-
-def _said(role: str) -> str:
-    return "critic" if role == "value" else role
 
 
 def _finding(message: str, quantity: str, expected: str, observed: str, tolerance: str) -> Finding:

@@ -1,0 +1,42 @@
+"""How the recorded calls of a step are laid out by sample and response token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_doctor.trace.table import Sample, Special, _complete
+from rlhf_doctor.trace.taps import Call, Lookup
+
+SPECIAL = Special(0, frozenset({2}))
+
+
+def passed(rows: list[list[int]]) -> Call:
+    """A pass over these rows, without a mask."""
+    ids = torch.tensor(rows)
+    here = torch.arange(ids.numel())
+    return Call("policy", 0, 0, Lookup(ids), here // ids.shape[1], here % ids.shape[1], True, False, 0)
+
+
+def last_tokens(responses: list[list[int]], rows: list[list[int]]) -> list[tuple[int, ...]]:
+    """The responses, after a pass over these rows, of samples whose last token was not seen when it was drawn."""
+    samples = [Sample((7, 8), tuple(seen), False, False) for seen in responses]
+    _complete(samples, [passed(rows)], SPECIAL)
+    return [sample.response for sample in samples]
+
+
+@pytest.mark.parametrize("last", [5, 6])
+def test_a_response_may_end_in_the_same_token_twice(last: int) -> None:
+    found = last_tokens([[4, 5], [3, 9]], [[7, 8, 4, 5, last], [7, 8, 3, 9, 4]])
+    assert found == [(4, 5, last), (3, 9, 4)]
+
+
+def test_what_is_gathered_past_the_end_is_no_token() -> None:
+    # The passes are given everything but the last token, and the second row was moved to the left.
+    found = last_tokens([[4, 5], [3]], [[7, 8, 4, 5], [7, 8, 3, 3]])
+    assert found == [(4, 5), (3,)]
+
+
+def test_tokens_stand_where_they_were_drawn() -> None:
+    assert np.array_equal(last_tokens([[4]], [[7, 8, 4, 2]]), [(4, 2)])
