@@ -41,7 +41,8 @@ class Drawing:
     half: bool  # whether anything is computed in half precision
     updates: int  # of the policy in a step
     setup: Any
-    temperatures: tuple[float, ...] = ()
+    temperatures: tuple[float, ...]
+    snapshot: Any  # of the initial state; None for a program that was watched
     cache: dict[int, Drawn | None] = field(default_factory=dict)
 
     @property
@@ -56,7 +57,7 @@ class Drawing:
         if self.setup.step is None:  # a program that was watched
             return None
         if seed not in self.cache:
-            run = watched_run(self.setup, self.temperatures, times=1, hold=True, seed=seed)
+            run = watched_run(self.setup, self.temperatures, self.snapshot, times=1, hold=True, seed=seed)
             self.cache[seed] = None if run.error else _drawn(run, self.setup, self.first.table.temperature, held=True)
         return self.cache[seed]
 
@@ -90,14 +91,14 @@ def drawing(setup: Any, traced: Traced) -> Drawing:
     updates = int(base.windows["policy"].max()) + 1 if len(base.windows.get("policy", ())) else 0
     by = _by(first)
     if setup.step is not None and (not by or (updates > 1 and not _known(first.draws.old))):
-        watched = _watched(setup, temperatures, base.temperature)
+        watched = _watched(setup, temperatures, found.snapshot, base.temperature)
         if watched and (_by(watched[0]) or _known(watched[0].draws.old)):
             by = by or ("copy" if _by(watched[0]) else "")
             first, second = watched
     if not by and _by(first, "reference"):
         by = "reference"
     rounding, half = _rounding(setup, first)
-    return Drawing(first, second, by, rounding, half, updates, setup, temperatures)
+    return Drawing(first, second, by, rounding, half, updates, setup, temperatures, found.snapshot)
 
 
 def _known(logs: Any) -> bool:
@@ -128,11 +129,13 @@ def _drawn(run: Run, setup: Any, temperature: float, table: Table | None = None,
     return Drawn(table, run, made)
 
 
-def _watched(setup: Any, temperatures: tuple[float, ...], temperature: float) -> tuple[Drawn, Drawn | None] | None:
+def _watched(
+    setup: Any, temperatures: tuple[float, ...], snapshot: Any, temperature: float
+) -> tuple[Drawn, Drawn | None] | None:
     from rlhf_doctor.trace.engines import watched_run
     from rlhf_doctor.trace.runs import Run
 
-    run = watched_run(setup, temperatures)
+    run = watched_run(setup, temperatures, snapshot)
     if run.error and not run.boundaries:
         return None
     parts, start = [], 0

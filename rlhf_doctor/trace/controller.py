@@ -97,7 +97,7 @@ def _kl(table: Table, fit: Fit) -> Floats | None:
 def _pushed(traced: Traced, setup: RLHFSetup, push: float) -> tuple[Table, Table | None]:
     """The tables of two steps, with the reference lowered at what was drawn; unevenly in the second."""
     calls = sum(c.role == "reference" and c.order <= _end(traced) for c in traced.experiments.first.calls)
-    stepper = Stepper(setup, (traced.temperature,))
+    stepper = Stepper(setup, (traced.temperature,), traced.experiments.snapshot)
     run = stepper.run(hold=False, times=2, may_fail=True, changes=(Change("reference", _lowered(push, calls)),))
     first = tabulate(run, setup, traced.temperature)
     if len(run.boundaries) < 2 or run.error:

@@ -193,7 +193,7 @@ def run_changed(
     windows: int | None = None,
 ) -> tuple[Run, Table | None, dict[Role, Flow]]:
     """Run the step with optimizers held back and these changes; an error of the step is kept, not raised."""
-    stepper = Stepper(setup, (traced.temperature,))
+    stepper = Stepper(setup, (traced.temperature,), traced.experiments.snapshot)
     trained = frozenset(c.role for c in traced.experiments.first.calls if c.backwards)
     watcher = Watcher(
         setup, temperatures=stepper.temperatures, changes=made, hold=True, text_change=text, last_window=windows,

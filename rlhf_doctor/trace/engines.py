@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_doctor.instruments.models import set_generators
-from rlhf_doctor.trace.keep import run_kept
+from rlhf_doctor.trace.keep import Snapshot, run_kept
 from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.taps import Enough, Recorder
 
@@ -47,18 +47,25 @@ class Watcher(Recorder):
 
 
 def watched_run(
-    setup: RLHFSetup, temperatures: Sequence[float], *, times: int = 2, hold: bool = False, seed: int | None = None
+    setup: RLHFSetup,
+    temperatures: Sequence[float],
+    snapshot: Snapshot | None,
+    *,
+    times: int = 2,
+    hold: bool = False,
+    seed: int | None = None,
 ) -> Run:
     """Run the step with copies of the policy watched too, and put everything back.
 
     Args:
         setup: its step is run.
         temperatures: at which log-probabilities are wanted, the declared one first.
+        snapshot: of the state to run from; None: of now.
         times: how often in a row.
         hold: leave out optimizers' steps and stop before the first of them.
         seed: of other random numbers than those of the examination; None: the same.
     """
-    stepper = Stepper(setup, temperatures)
+    stepper = Stepper(setup, temperatures, snapshot)
     recorder = Watcher(
         setup,
         temperatures=temperatures,

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.trace import changes
+from rlhf_doctor.trace.keep import Snapshot
 from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.table import Placed, Table, tabulate
 from rlhf_doctor.trace.taps import Change, nearby
@@ -93,6 +94,7 @@ class Experiments:
     by_hand: bool = False
     runs: int = 0
     second_run: Run | None = None
+    snapshot: Snapshot | None = None  # of the state that the runs began from
 
 
 NOISY = 1e-5  # of a field's range: what reordered sums in float32 give, with a margin of a hundred
@@ -114,7 +116,7 @@ def conduct(
     base = tabulate(first, setup, temperature)
     if stepper.by_hand:
         _first_update_alone(base)
-    found = Experiments(base, first, None, None, None, by_hand=stepper.by_hand)
+    found = Experiments(base, first, None, None, None, by_hand=stepper.by_hand, snapshot=stepper.snapshot)
     progress("running the step with its updates, twice")
     real = stepper.run(hold=False, times=2, may_fail=True)
     found.real = real

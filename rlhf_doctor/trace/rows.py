@@ -141,7 +141,7 @@ def _again(setup: RLHFSetup, found: Experiments, change: Change) -> Table | None
     """The step once more from the same state with one change; None where it raises."""
     base = found.base
     try:
-        run = Stepper(setup, (base.temperature,)).run(changes=(change,))
+        run = Stepper(setup, (base.temperature,), found.snapshot).run(changes=(change,))
     except Broken:
         return None
     return tabulate(run, setup, base.temperature, samples=base.samples)

@@ -44,14 +44,15 @@ class Stepper:
     """Runs ``setup.step`` from one and the same state.
 
     Optimizers' steps are held back unless asked for, so that everything is read at the initial weights; where a loop
-    updates parameters by hand, they cannot be held, and only what comes before the first update counts.
+    updates parameters by hand, they cannot be held, and only what comes before the first update counts. ``snapshot`` is
+    of that state; it is made here where none is given.
     """
 
-    def __init__(self, setup: RLHFSetup, temperatures: Sequence[float]) -> None:
+    def __init__(self, setup: RLHFSetup, temperatures: Sequence[float], snapshot: Snapshot | None = None) -> None:
         assert setup.step is not None
         self.setup = setup
         self.temperatures = tuple(temperatures)
-        self.snapshot = Snapshot(setup)
+        self.snapshot = snapshot or Snapshot(setup)
         self.by_hand = False
         self.generators = generator_states()
         self.runs = 0

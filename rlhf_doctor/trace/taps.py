@@ -250,9 +250,14 @@ class Recorder(TorchFunctionMode):
                 return self._head_called(roles, given, result)
         if func in LOOKUPS:
             self._looked_up((*args, *(kwargs or {}).values()), result)
-        if self._lookups and type(result) is Tensor and getattr(func, "__name__", "") not in MOVES:
+        if self._lookups and type(result) is Tensor:
             shape = result.shape
-            if len(shape) > 1 and shape[-1] in self._widths and result.is_floating_point():
+            if (
+                len(shape) > 1
+                and shape[-1] in self._widths
+                and getattr(func, "__name__", "") not in MOVES
+                and result.is_floating_point()
+            ):
                 for lookup in self._lookups.values():
                     if shape[:-1].numel() == lookup.ids.numel():
                         lookup.hidden = result

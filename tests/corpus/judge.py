@@ -126,7 +126,7 @@ def told(found: Examination) -> tuple[list[tuple[str, str, Severity]], list[tupl
     checks = registry()
     shown = [(code, one) for code, one in found.findings if one.confidence is not Confidence.SUSPECTED]
     severities = [one.severity or checks[code].severity for code, one in shown]
-    roots = [(shown[root.index][0], shown[root.index][1].role) for root in diagnose(shown, severities)]
+    roots = [(shown[root.index][0], str(shown[root.index][1].role)) for root in diagnose(shown, severities)]
     return [(code, one.role, severity) for (code, one), severity in zip(shown, severities, strict=True)], roots
 
 
