@@ -91,15 +91,17 @@ def healthy_setup(
     shared: bool = False,
     side: str = "left",
     attention: str = "sdpa",
+    seed: int = 0,
 ) -> RLHFSetup:
     """A healthy setup of one family in one of the usual layouts."""
-    policy = decoder(family, attention=attention).to(dtype)
+    policy = decoder(family, attention=attention, seed=seed).to(dtype)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    reward = decoder(family, "sequence", attention=attention, seed=1).to(dtype).requires_grad_(False)
+    reward = decoder(family, "sequence", attention=attention, seed=seed + 1).to(dtype).requires_grad_(False)
     if head == "score":
-        value = decoder(family, "token" if family != "neox" else "sequence", attention=attention, seed=1).to(dtype)
+        kind = "token" if family != "neox" else "sequence"
+        value = decoder(family, kind, attention=attention, seed=seed + 1).to(dtype)
     else:
-        value = WithScalarHead(decoder(family, attention=attention, seed=1), head).to(dtype).eval()
+        value = WithScalarHead(decoder(family, attention=attention, seed=seed + 1), head).to(dtype).eval()
     if lora:
         from peft import LoraConfig, get_peft_model
 

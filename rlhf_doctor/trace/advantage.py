@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 FOLLOWS = 1e-2  # of the weights' range: float32 leaves 1e-6, bfloat16 some 1e-3, another rule tenths
+ROUNDED = 1e-4  # relative; what float32 rounds is a thousandth of it
 PRECISE = 2e-3  # of a gain: float32 leaves 1e-4 of the amounts that are added, and 0.99 is told from 1
 NOTHING = 1e-3  # of a gain: nothing moved
 STILL = 1e-5  # of the largest weight: what reordered sums leave, with a margin
@@ -143,13 +144,19 @@ def coupled(traced: Traced, name: str, size: float | None = None) -> bool:
     moved = np.abs(return_response(traced.recovered, traced.experiments, experiment))[still]
     if not np.isfinite(moved).any():
         moved = np.abs(_of_policy(traced, experiment))[still]
-    return bool(np.nanmax(np.where(np.isfinite(moved), moved, 0.0)) > 10 * PRECISE * size)
+    return bool(np.nanmax(np.where(np.isfinite(moved), moved, 0.0)) > 2 * PRECISE * size)
 
 
 def _of_policy(traced: Traced, experiment: Experiment) -> Floats:
-    """How the policy's advantages moved; without a critic as weights, since a group moves together by right."""
+    """How the policy's advantages moved; without a critic as weights, since a group moves together by right.
+
+    Raises:
+        Unavailable: they were computed too coarsely.
+    """
     if critic_free(traced):
         return experiment.moved(traced.base, "weight")
+    if max((p.call.rounding for p in traced.base.placed if p.call.role == "policy"), default=0.0) > ROUNDED:
+        raise Unavailable("needs the policy's logits in float32: half precision rounds away what is looked for")
     return policy_response(traced.recovered, traced.experiments, experiment)
 
 
@@ -161,14 +168,18 @@ def score_gains(traced: Traced, of: str) -> list[Response]:
     """
     made, found = traced.recovered, traced.experiments
     both = of == "target" or (follows(made) and not critic_free(traced))
-    if "one score" in found.done and coupled(traced, "one score"):
+    shared = not critic_free(traced) and "one score" in found.done and coupled(traced, "one score")
+    if shared:
         both = False
+        if of == "policy" and not follows(made):
+            return []
     rows: dict[int, Response] = {}
     for name in ("one score", "all scores") if both else ("one score",):
         experiment = found.done.get(name)
         if experiment is None:
             continue
-        direct = of == "policy" and name == "one score"
+        # Where scores are normalised over the batch every sample moves, so none shows what a whole line did.
+        direct = of == "policy" and name == "one score" and not shared
         response = _of_policy(traced, experiment) if direct else return_response(made, found, experiment)
         units = np.zeros(traced.base.tokens.shape)
         last = np.maximum(traced.base.real.sum(1) - 1, 0)

@@ -28,7 +28,6 @@ __all__ = [
     "trained_spans",
 ]
 
-EPSILON = {"torch.bfloat16": 2.0**-8, "torch.float16": 2.0**-11, "torch.float64": 2.0**-53}
 Part = Literal["not called", "called without gradient", "no gradient came back", "gradient is zero", "trained"]
 
 
@@ -99,8 +98,7 @@ def steady(experiments: Experiments) -> NDArray[np.bool_]:
 
 def rounding(table: Table) -> float:
     """The relative rounding of the critic's outputs."""
-    kinds = {str(p.call.scalar.dtype) for p in table.placed if p.call.role == "value" and p.call.scalar is not None}
-    return max((EPSILON.get(kind, 2.0**-23) for kind in kinds), default=2.0**-23)
+    return max((p.call.rounding for p in table.placed if p.call.role == "value"), default=2.0**-23)
 
 
 def raw_response(experiments: Experiments, name: str) -> Floats:

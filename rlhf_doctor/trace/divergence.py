@@ -61,7 +61,7 @@ def divergence(traced: Traced, declared: Mapping[str, Any]) -> Divergence:
         why = "the reference's outputs on the samples could not be moved"
         made.reasons = {"reward": why, "loss": why}
         return made
-    made.reward = _in_reward(traced, moved, chosen, made.reasons)
+    made.reward = _in_reward(traced, moved, chosen, declared, made.reasons)
     found = anchor(traced, moved, chosen, declared)
     made.loss, made.pull, made.constant = found.penalty, found.pull, found.constant
     if found.reason:
@@ -72,7 +72,9 @@ def divergence(traced: Traced, declared: Mapping[str, Any]) -> Divergence:
 # ---- in the reward ---------------------------------------------------------------------------------------------------
 
 
-def _in_reward(traced: Traced, moved: Experiment, chosen: Bools, reasons: dict[str, str]) -> Penalty | None:
+def _in_reward(
+    traced: Traced, moved: Experiment, chosen: Bools, declared: Mapping[str, Any], reasons: dict[str, str]
+) -> Penalty | None:
     found, base = traced.recovered, traced.base
     if not np.isfinite(found.returns).any():
         reasons["reward"] = found.reasons.get("returns", "no critic was trained, so no rewards can be read")
@@ -91,7 +93,15 @@ def _in_reward(traced: Traced, moved: Experiment, chosen: Bools, reasons: dict[s
     onto &= np.isfinite(rewards)
     gain = _gain_of_scores(traced) if traced.recovered.edges else 1.0
     raw = masked(base, moved.moved(base, "value_gradient"))[onto]
-    return _penalty(traced, moved, -rewards / gain, onto, bool(len(raw)) and bool((raw == 0).all()))
+    same = bool(len(raw)) and bool((raw == 0).all())
+    made = _penalty(traced, moved, -rewards, onto, same)
+    if gain == 1.0 or (made.best is not None and _is(made.best.coefficient, declared.get("kl_coef"))):
+        return made  # the scores alone may be normalised, and the KL taken off afterwards
+    return _penalty(traced, moved, -rewards / gain, onto, same)
+
+
+def _is(measured: float, declared: Any) -> bool:
+    return isinstance(declared, (int, float)) and abs(measured - declared) < 0.02 * abs(declared)
 
 
 def _gain_of_scores(traced: Traced) -> float:

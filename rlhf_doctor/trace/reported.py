@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_doctor.trace.advantage import coupled
 from rlhf_doctor.trace.recover import masked
 
 if TYPE_CHECKING:
@@ -50,8 +51,9 @@ def conventions(traced: Traced, declared: Mapping[str, Any], name: str) -> dict[
         return {}
     found = {}
     for said, value in _KINDS[kind](traced, declared):
-        if np.isfinite(value):
-            found[said] = (value, NEAR if kind == "explained_variance" else NEAR * abs(value) + 1e-4)
+        if not np.isfinite(value):
+            return {}  # a token was not seen, so one convention is missing
+        found[said] = (value, NEAR if kind == "explained_variance" else NEAR * abs(value) + 1e-4)
     return found
 
 
@@ -60,6 +62,7 @@ def _means(traced: Traced, each: Floats, said: str) -> Values:
     base = traced.base
     known = base.real & np.isfinite(each)
     if not known.any() or (base.real & ~known).sum() > 0:
+        yield said, float("nan")
         return
     filled = np.where(known, each, 0.0)
     counts = np.maximum(known.sum(1), 1)
@@ -76,6 +79,8 @@ def _scores(traced: Traced, declared: Mapping[str, Any]) -> Values:
     base = traced.base
     if not np.isfinite(base.scores).all() or not len(base.scores):
         return
+    if "one score" in traced.experiments.done and coupled(traced, "one score"):
+        return  # normalised over the batch, in one of many ways, and so may be what is reported
     penalty, limit = declared.get("missing_eos_penalty") or 0.0, declared.get("reward_clip")
     ended = np.array([s.ended for s in base.samples])
     due = np.where(ended, 0.0, float(penalty))

@@ -32,6 +32,8 @@ TARGETS, WEIGHTS = "critic's targets", "policy's weights"
 LOSSES: tuple[Role, ...] = ("policy", "value")
 MISFIT = 0.05  # of the range of the weights: another account must fit this well
 BETTER = 8.0  # times
+ROUNDED = 8.0  # times the rounding of one number: what a sum over some layers may leave
+UNUSUAL = 5.0  # times what is left in most rows
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,13 @@ def _moves(base: Table, experiment: Experiment, name: str) -> Floats | None:
         return None
     moves = np.where(known, np.abs(after - before), np.nan)
     top = float(np.nanmax(moves))
-    return moves / top if top > 1e-5 * max(float(np.abs(before[known]).max()), 1e-12) else None
+    least = max(1e-5, ROUNDED * _rounding(base))
+    return moves / top if top > least * max(float(np.abs(before[known]).max()), 1e-12) else None
+
+
+def _rounding(base: Table) -> float:
+    """The relative rounding of the coarsest numbers that the trained models' heads gave."""
+    return max((p.call.rounding for p in base.placed if p.call.role in LOSSES), default=0.0)
 
 
 def _elsewhere(moves: Floats, touched: Bools, target: str) -> Moved | None:
@@ -182,18 +190,22 @@ def _by_themselves(base: Table, one: Experiment) -> Moved | None:
     if not known.any():
         return None
     top = float(np.abs(after - before)[known].max())
-    strayed, most = [], 0.0
+    lefts: dict[int, float] = {}
     for s in np.flatnonzero(~one.touched & (known.sum(1) >= 4)):
         x, y = before[s][known[s]], after[s][known[s]]
         if np.ptp(x) < 1e-6 * np.abs(x).max():
             continue
         left = float(np.abs(y - np.polyval(np.polyfit(x, y, 1), x)).max())
-        if left > 0.1 * top:
-            strayed.append(int(s))
-            most = max(most, left / top)
+        lefts[int(s)] = left if left > ROUNDED * _rounding(base) * np.abs(x).max() else 0.0
+    usual = float(np.median(list(lefts.values()))) if lefts else 0.0
+    lefts = {s: left for s, left in lefts.items() if left > max(0.1 * top, UNUSUAL * usual)}
     touched = np.flatnonzero(one.touched)
     moved = np.where(known, np.abs(after - before), 0.0)[touched].max(initial=0.0) / top
-    return Moved(WEIGHTS, tuple(map(int, touched)), tuple(strayed), float(moved), most) if strayed else None
+    return (
+        Moved(WEIGHTS, tuple(map(int, touched)), tuple(lefts), float(moved), max(lefts.values()) / top)
+        if lefts
+        else None
+    )
 
 
 def _exchanged(base: Table, every: Experiment, recovered: Recovered) -> Moved | None:

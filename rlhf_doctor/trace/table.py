@@ -469,10 +469,9 @@ def _logp(table: Table, placed: Placed, temperature: float) -> Floats:
     known = call.candidates[:, NEXT].cpu().numpy()
     wanted = _wanted(table, placed)
     z = np.where(known == wanted, z, np.nan)
-    if call.tail is not None:
-        last = np.flatnonzero(call.columns.cpu().numpy() == call.ids.shape[1] - 1)
-        for k, n in enumerate(last):
-            if wanted[n] >= 0 and k < len(call.tail) and wanted[n] < call.tail.shape[1]:
+    if call.tail is not None and call.tail_of is not None:
+        for k, n in enumerate(call.tail_of.tolist()):
+            if 0 <= wanted[n] < call.tail.shape[1]:
                 z[n] = float(call.tail[k, wanted[n]])
     return z / temperature - _numbers(call.lse[temperature])
 
@@ -538,12 +537,16 @@ def _decode(table: Table, placed: Placed, logp: Floats, current: Any) -> None:
     trained = (np.abs(at_action) > 0) & np.isfinite(at_action)
     action = kept["action"].cpu().numpy()
     candidates = call.candidates.cpu().numpy()
+    wanted = _wanted(table, placed)
+    at_wanted = _at(wanted, candidates, _numbers(kept["at_candidates"]))
+    # Where one other token has all the rest of the probability, rounding decides which of the two gradients is larger.
+    tied = (at_wanted * at_action < 0) & (np.abs(at_wanted) > (1 - 4 * call.rounding) * np.abs(at_action))
+    action, at_action = np.where(tied, wanted, action), np.where(tied, at_wanted, at_action)
     offset = np.full(len(action), np.nan)
     order = [NEXT, *(i for i in range(len(CANDIDATES)) if i != NEXT)]
     for i in order:
         hit = np.isnan(offset) & (candidates[:, i] == action) & (candidates[:, i] >= 0)
         offset[hit] = CANDIDATES[i] - 1
-    wanted = _wanted(table, placed)
     offset[(wanted == action) & (wanted >= 0)] = 0
     offset[np.isnan(offset)] = 99  # a token that is nowhere near
     temperature, spread, entropy = _temperatures(call, action, table.temperature)
@@ -557,6 +560,13 @@ def _decode(table: Table, placed: Placed, logp: Floats, current: Any) -> None:
     _add(table, "weight", placed, np.where(trained, weight, 0.0), current)
     raw = np.where(trained, np.abs(at_action), 0.0)
     _outside(table, "policy", placed, raw, current)
+
+
+def _at(wanted: Ints, candidates: Ints, gradients: Floats) -> Floats:
+    """The gradient at the wanted token of every row, 0 where it is none of the candidates."""
+    same = (candidates == wanted[:, None]) & (wanted[:, None] >= 0)
+    found = np.take_along_axis(gradients, same.argmax(1)[:, None], 1)[:, 0]
+    return np.where(same.any(1), found, 0.0)
 
 
 CLEARLY = 10  # times better must an entropy bonus explain the gradients than a log-probability alone

@@ -90,7 +90,9 @@ class Call:
     candidates: Tensor | None = None  # (N, len(CANDIDATES)) token ids, -1 where there is none
     at_candidates: Tensor | None = None  # (N, len(CANDIDATES)) logits
     size: int = 0  # of the vocabulary
-    tail: Tensor | None = None  # (rows of the batch, V): logits after the last id, whose action is not among the ids
+    rounding: float = 2.0**-23  # relative, of the numbers that the head gave
+    tail: Tensor | None = None  # (K, V) logits whose action may not be among the ids: after the last, or before filler
+    tail_of: Tensor | None = None  # (K,) which of the N they are
     gradient: dict[str, Tensor] = field(default_factory=dict)
     foreign: Role | None = None  # the head was given this other role's hidden states, bit for bit
     weights: Tensor | None = None  # a few numbers of the role's parameters at the time, to see who has been updated
@@ -121,6 +123,14 @@ class Change:
 
     role: Role
     apply: Callable[[Call, Tensor], Tensor | None]
+
+
+def _constant_from(ids: Tensor) -> Tensor:
+    """(B,) the column from which on a row (B, L) repeats one token, as where a loop gathers past the end."""
+    if ids.shape[1] == 1:
+        return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+    changes = ids[:, 1:] != ids[:, :-1]
+    return (changes.long() * torch.arange(1, ids.shape[1], device=ids.device)).amax(1)
 
 
 def nearby(temperature: float) -> tuple[float, ...]:
@@ -354,6 +364,7 @@ class Recorder(TorchFunctionMode):
         call.with_grad = output.requires_grad
         with torch.no_grad(), torch._C.DisableTorchFunction():
             flat = output.detach()
+            call.rounding = torch.finfo(flat.dtype).eps if flat.is_floating_point() else 0.0
             if call.role in ("policy", "reference"):
                 self._reduce_logits(call, flat.reshape(len(call.rows), -1))
             else:
@@ -403,9 +414,10 @@ class Recorder(TorchFunctionMode):
                 entropies.append(lse - mean)
         call.lse = {t: torch.cat(found) for t, found in pieces.items()}
         call.entropy = torch.cat(entropies) if entropies else None
-        last = columns == length - 1
-        if bool(last.any()):
-            call.tail = logits[last].clone()
+        end = _constant_from(ids)[rows]
+        last = ((columns == length - 1) | (columns == end) | (columns == end + 1)).nonzero()[:, 0]
+        if len(last):
+            call.tail, call.tail_of = logits[last].clone(), last
 
     def _reduce_gradient(self, call: Call, gradient: Tensor) -> None:
         kept = call.gradient

@@ -115,7 +115,9 @@ def examined(setup: RLHFSetup, seed: int = 0) -> tuple[Examination, int, int]:
     seeded(seed)
     try:
         with counted() as passes:
-            found = examine(setup if setup.step is None else setup.but(step=step), options=Options(show=False))
+            found = examine(
+                setup if setup.step is None else setup.but(step=step), options=Options(show=False, seed=seed)
+            )
     finally:
         torch.set_num_threads(threads)
     return found, passes["passes"], steps.qsize()

@@ -89,6 +89,11 @@ FAULTS: dict[str, tuple[str, str]] = {
     "gradients_zeroed_once_an_epoch": ("OPT004", "loop"),
     "epochs_inside_minibatches": ("OPT006", "loop"),
     "minibatches_with_replacement": ("OPT006", "loop"),
+    "logprobs_of_the_nucleus": ("ROL003", "loop"),
+    "values_one_early": ("VAL013", "value"),
+    "mask_moved_by_the_left_pads": ("ROL005", "loop"),
+    "score_on_the_masked_pad_after_eos": ("ADV002", "loop"),
+    "cut_texts_bootstrap_for_the_policy_only": ("ADV006", "loop"),
 }
 # Other codes that are true of a fault as well.
 ALSO: dict[str, tuple[str, ...]] = {
@@ -103,6 +108,8 @@ ALSO: dict[str, tuple[str, ...]] = {
     "whitening_left_out": ("LOS007",),
     "vf_coef_not_used": ("LOS004",),
     "ratio_in_half_precision": ("PRE002",),
+    "logprobs_of_the_nucleus": ("ROL002",),
+    "score_on_the_masked_pad_after_eos": ("ADV008", "VAL009"),
 }
 
 
@@ -161,6 +168,8 @@ class Trainer:
     def values(self, full):
         if self.fault == "values_one_late":
             return full[:, self.context :]
+        if self.fault == "values_one_early":
+            return full[:, self.context - 2 : -2]
         if self.fault == "values_of_the_prompt":
             return full[:, :RESPONSE_LENGTH]
         return full[:, self.context - 1 : -1]
@@ -202,17 +211,19 @@ class Trainer:
         responses = torch.full((len(queries), RESPONSE_LENGTH), PAD)
         real = torch.zeros(responses.shape, dtype=torch.bool)
         alive = torch.ones(len(queries), dtype=torch.bool)
+        self.drawn = torch.zeros(responses.shape)
         for t in range(RESPONSE_LENGTH):
             ids, mask = torch.cat([queries, responses[:, :t]], 1), torch.cat([query_mask, real[:, :t]], 1)
             states = backbone_states(self.sampler, ids, mask)[:, -1]
             temperature = 1.0 if self.fault == "sampled_at_temperature_one" else TEMPERATURE
             p = (self.sampler.lm_head(states) / (temperature + 1e-7)).softmax(-1)
-            if self.fault == "nucleus_in_the_sampler":
+            if self.fault in ("nucleus_in_the_sampler", "logprobs_of_the_nucleus"):
                 sizes, order = p.sort(descending=True)
                 out = sizes.cumsum(-1) - sizes > 0.6
                 p = p.masked_fill(out.scatter(1, order, out), 0.0)
             token = torch.multinomial(p, 1, generator=generator)[:, 0]
             responses[alive, t], real[:, t] = token[alive], alive
+            self.drawn[:, t] = (p / p.sum(-1, keepdim=True)).log().gather(1, token[:, None])[:, 0]
             alive = alive & (token != EOS)
             if not alive.any():
                 break
@@ -237,9 +248,14 @@ class Trainer:
             mask = columns < last[:, None].clamp(min=1)
         if self.fault == "mask_of_the_next_row":
             mask = real.roll(-1, 0)
+        if self.fault == "mask_moved_by_the_left_pads":
+            at = columns - (~query_mask).sum(1, keepdim=True)
+            mask = real.gather(1, at.clamp(min=0)) & (at >= 0)
 
         # 1. the four models
         logprobs = self.logprobs(self.logits(self.policy, ids, attention_mask), ids)
+        if self.fault == "logprobs_of_the_nucleus":
+            logprobs = self.drawn
         seen = attention_mask.clone()
         if self.fault == "reference_without_the_prompt":
             seen[:, : self.context - 1] = False
@@ -270,6 +286,9 @@ class Trainer:
             rewards[:, -1] += scores
         elif self.fault == "score_one_before_the_end":
             rewards[rows, (last - 1).clamp(min=0)] += scores
+        elif self.fault == "score_on_the_masked_pad_after_eos":
+            rewards[rows, (last + 1).clamp(max=RESPONSE_LENGTH - 1)] += scores
+            rewards = rewards.masked_fill(~mask, 0.0)
         elif self.fault == "sum_of_rewards_dropped":
             rewards[rows, last] + scores
         elif self.fault != "score_added_to_advantages_only":
@@ -280,6 +299,9 @@ class Trainer:
         advantages, returns = self.gae(values, rewards, mask, ahead)
         if self.fault == "score_added_to_advantages_only":
             advantages = advantages + scores[:, None] * (GAMMA * LAM) ** (last[:, None] - columns)
+        if self.fault == "cut_texts_bootstrap_for_the_policy_only":
+            done = (responses == EOS).any(1, keepdim=True) & (columns == last[:, None])
+            advantages = self.gae(values, rewards, mask, full[:, self.context :].masked_fill(done, 0.0))[0]
         if self.fault == "baseline_of_zero":
             advantages = self.gae(torch.zeros_like(values), rewards, mask, None, lam=1.0)[0]
         if self.fault == "advantages_of_the_kl_only":

@@ -51,8 +51,16 @@ FAULTS: dict[str, tuple[str, str]] = {
     "loss_not_divided_by_the_micro_batches": ("OPT004", "loop"),
     "rows_left_out": ("OPT006", "loop"),
     "groups_drawn_from_os_entropy": ("SYS009", "loop"),
+    "ranks_share_a_seed": ("ROL007", "loop"),
+    "mask_knows_one_of_the_stop_tokens": ("ROL005", "loop"),
+    "missing_logprobs_are_zero": ("ROL004", "loop"),
+    "reference_weights_swapped_in_and_out": ("ROL003", "loop"),
+    "reference_pass_skipped": ("REF005", "reference"),
 }
-ALSO: dict[str, tuple[str, ...]] = {}
+ALSO: dict[str, tuple[str, ...]] = {
+    "missing_logprobs_are_zero": ("ROL003",),
+    "reference_weights_swapped_in_and_out": ("OPT003",),
+}
 EDGE = {"deviation_without_epsilon"}  # an ordinary batch does not show these
 NOT_FINITE: set[str] = set()
 
@@ -71,6 +79,7 @@ PROMPTS = [
     "take three from nine then add one",
 ]
 PAD, EOS, UNK = 0, 1, 2
+STOPS = torch.tensor([EOS, 10, 20, 30, 40])  # where responses end that stop at words as well
 GROUPS, SIZE, MINIBATCHES, MICRO, EPOCHS, RESPONSE = 3, 4, 2, 2, 2, 7
 BATCH = GROUPS * SIZE
 KL, TEMPERATURE, CLIP, LR = 0.04, 0.9, 0.1, 2e-4
@@ -145,7 +154,8 @@ def build(fault: str | None = None) -> dict[str, Any]:
             token = token.masked_fill(~going[:, None], PAD)
             ids = torch.cat([ids, token], 1)
             attention = torch.cat([attention, going[:, None].long()], 1)
-            going = going & (token[:, 0] != EOS)
+            stops = STOPS if fault == "mask_knows_one_of_the_stop_tokens" else STOPS[:1]
+            going = going & ~torch.isin(token[:, 0], stops)
         return ids, attention
 
     def relative(scores: Tensor, lengths: Tensor) -> Tensor:
@@ -185,13 +195,33 @@ def build(fault: str | None = None) -> dict[str, Any]:
         chosen = torch.randperm(len(PROMPTS), generator=shuffler)[:GROUPS]
         texts = [PROMPTS[i] for i in chosen for _ in range(SIZE)]
         start = tok(texts, return_tensors="pt", padding=True)
-        ids, attention = sample(start["input_ids"], start["attention_mask"])
+        if fault == "ranks_share_a_seed":
+            of_ranks, state = [], torch.get_rng_state()
+            for rank in range(2):
+                torch.set_rng_state(state)
+                of_ranks.append(sample(start["input_ids"][rank::2], start["attention_mask"][rank::2]))
+            ids, attention = (torch.stack(parts, 1).flatten(0, 1) for parts in zip(*of_ranks, strict=True))
+        else:
+            ids, attention = sample(start["input_ids"], start["attention_mask"])
         width = RESPONSE
+        if fault == "mask_knows_one_of_the_stop_tokens":
+            ended = (ids[:, -width:] == EOS).long()
+            attention[:, -width:] = ended.cumsum(1) - ended == 0
         mask = attention[:, -width:].bool()
         lengths = mask.sum(1)
         old = per_token(policy, ids, None if fault == "old_logprobs_without_mask" else attention, width)
+        if fault == "missing_logprobs_are_zero":
+            missing = torch.arange(width) >= lengths[:, None] - 2
+            old[::3] = old[::3].masked_fill(missing[::3], 0.0)
         anchor = policy if fault == "reference_is_the_live_policy" else reference
+        if fault == "reference_weights_swapped_in_and_out":
+            anchor, kept = policy, {name: weight.half() for name, weight in policy.state_dict().items()}
+            policy.load_state_dict(reference.state_dict())
         ref = per_token(anchor, ids, None if fault == "reference_without_mask" else attention, width)
+        if fault == "reference_weights_swapped_in_and_out":
+            policy.load_state_dict(kept)
+        elif fault == "reference_pass_skipped":
+            ref = torch.zeros_like(old)
         scores = reward(input_ids=ids, attention_mask=attention).logits.squeeze(-1)
         if fault == "scores_of_interleaved_rows":
             scores = scores.view(GROUPS, SIZE).T.reshape(-1)

@@ -14,7 +14,17 @@ import torch
 import transformers
 from torch import nn
 
-from loops.small_models import BOS, EOS, PAD, VOCAB, prompts, standardise, teach_to_end, tokenizer
+from loops.small_models import (
+    BOS,
+    EOS,
+    PAD,
+    VOCAB,
+    checkpoint_reentrantly,
+    prompts,
+    standardise,
+    teach_to_end,
+    tokenizer,
+)
 
 __all__ = ["ALSO", "FAULTS", "build"]
 
@@ -87,6 +97,12 @@ FAULTS: dict[str, tuple[str, str]] = {
     "gradients_never_zeroed": ("OPT004", "loop"),
     "epochs_inside_minibatches": ("OPT006", "loop"),
     "half_of_the_batch_left_out": ("OPT006", "loop"),
+    "query_twice": ("ROL010", "loop"),
+    "responses_start_where_the_first_does": ("ROL005", "loop"),
+    "first_v_head_back_after_scoring": ("OPT003", "value"),
+    "advantages_of_rewards_alone": ("ADV001", "loop"),
+    "blocks_checkpointed_without_input_gradients": ("OPT002", "policy"),
+    "cut_texts_bootstrap_for_the_policy_only": ("ADV006", "loop"),
 }
 # Other codes that are true of a fault as well.
 ALSO: dict[str, tuple[str, ...]] = {
@@ -96,6 +112,9 @@ ALSO: dict[str, tuple[str, ...]] = {
     "gradients_zeroed_before_the_step": ("VAL008",),
     "v_head_frozen": ("OPT001",),
     "eos_stripped": ("REW014",),
+    "query_twice": ("ROL005",),
+    "responses_start_where_the_first_does": ("ROL004",),
+    "first_v_head_back_after_scoring": ("VAL008", "SYS003"),
 }
 
 
@@ -152,6 +171,7 @@ class PPOTrainer:
         self.model, self.ref_model, self.reward_model = model, ref_model, reward_model
         self.optimizer, self.kl_ctl, self.fault = optimizer, kl_ctl, fault
         self.queries = [torch.tensor(tok(text).input_ids) for text in prompts()]
+        self.first_v_head = copy.deepcopy(model.v_head.state_dict())
         self.engine = copy.deepcopy(model) if fault == "sampler_keeps_the_first_weights" else model
 
     @torch.no_grad()
@@ -187,6 +207,11 @@ class PPOTrainer:
             ends &= end - start > 1
             ids[rows[ends], end[ends] - 1] = PAD
             end = end - ends.long()
+        if self.fault == "query_twice":
+            twice = torch.full((len(ids), ids.shape[1] + int(start.max())), PAD)
+            for row, old, query, n in zip(twice, ids, self.queries, end, strict=True):
+                row[: len(query) + n] = torch.cat([query, old[:n]])
+            ids, end = twice, end + start
         return ids, start, end
 
     @torch.no_grad()
@@ -198,6 +223,8 @@ class PPOTrainer:
         if self.fault == "scores_in_order_of_length":
             order = end.argsort(descending=True, stable=True)
         scores = self.reward_model(input_ids=ids[order], attention_mask=attention_mask[order]).logits[:, 0]
+        if self.fault == "first_v_head_back_after_scoring":
+            self.model.v_head.load_state_dict(self.first_v_head)
         if self.fault == "scores_normalised_per_row":
             scores = scores[:, None]
             scores = ((scores - scores.mean(1, keepdim=True)) / (scores.std(1, keepdim=True, correction=0) + 1e-8))[
@@ -253,7 +280,8 @@ class PPOTrainer:
             rewards[torch.arange(len(scores)), last] += scores
         return rewards, non_score
 
-    def compute_advantages(self, values, rewards, mask):
+    def compute_advantages(self, values, rewards, mask, ahead=None):
+        """``ahead``: values of all states, the one after a response included, where that is not worth 0."""
         gamma = 1.0 if self.fault == "gamma_left_out" else GAMMA
         lam = 1.0 if self.fault == "lambda_left_out" else LAM
         after = values
@@ -262,13 +290,14 @@ class PPOTrainer:
         if self.fault != "kl_of_pads_leaks_back":
             rewards = torch.where(mask, rewards, 0.0)
         if self.fault == "last_state_bootstraps":
-            after = self.all_values
+            ahead = self.all_values
+        after = after if ahead is None else ahead
         last, reversed_advantages, width = 0.0, [], mask.shape[1]
         for t in reversed(range(width)):
             next_values = after[:, t + 1] if t < width - 1 else 0.0
             delta = rewards[:, t] + gamma * next_values - values[:, t]
             last = delta + gamma * lam * last
-            if self.fault == "last_state_bootstraps":
+            if ahead is not None:
                 last = last * mask[:, t]
             reversed_advantages.append(last)
         advantages = torch.stack(reversed_advantages[::-1], 1)
@@ -325,6 +354,8 @@ class PPOTrainer:
         ids, start, end = self.generate()
         attention_mask = (torch.arange(ids.shape[1]) < end[:, None]).long()
         scores = self.score(ids, attention_mask, start, end)
+        if self.fault == "responses_start_where_the_first_does":
+            start = start[:1].expand_as(start)
 
         # 2. log-probabilities and values before the update
         with torch.no_grad():
@@ -334,12 +365,17 @@ class PPOTrainer:
             if self.fault == "reference_sees_only_the_response":
                 seen = attention_mask * (torch.arange(ids.shape[1]) >= start[:, None])
             ref_logprobs = self.forward_pass(ref_model, ids, seen, start, end)[0]
-            if self.fault == "last_state_bootstraps":
+            if self.fault in ("last_state_bootstraps", "cut_texts_bootstrap_for_the_policy_only"):
                 self.all_values = self.model(ids, attention_mask)[2]
 
         # 3. rewards, advantages, returns
         rewards, non_score = self.compute_rewards(scores, logprobs, ref_logprobs, mask)
         advantages, returns = self.compute_advantages(values, rewards, mask)
+        if self.fault == "cut_texts_bootstrap_for_the_policy_only":
+            ahead = self.all_values.masked_fill(ids == EOS, 0.0)
+            advantages = self.compute_advantages(values, rewards, mask, ahead)[0]
+        if self.fault == "advantages_of_rewards_alone":
+            advantages = torch.where(mask, rewards - values, 0.0)
         if self.fault == "policy_learns_the_kl_only":
             advantages = self.compute_advantages(values, non_score, mask)[0]
         if self.fault == "baseline_left_out":
@@ -432,6 +468,10 @@ def build(fault: str | None = None) -> dict[str, Any]:
     ref_model = copy.deepcopy(model).requires_grad_(False)
     if fault == "v_head_frozen":
         model.v_head.requires_grad_(False)
+    if fault == "blocks_checkpointed_without_input_gradients":
+        model.pretrained_model.requires_grad_(False)
+        model.pretrained_model.transformer.h.requires_grad_(True)
+        checkpoint_reentrantly(model.pretrained_model)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     kl_ctl = AdaptiveKLController(KL_COEF, KL_TARGET, KL_HORIZON)
     trainer = PPOTrainer(model, ref_model, reward_model, tok, optimizer, kl_ctl, fault)

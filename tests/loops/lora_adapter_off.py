@@ -26,6 +26,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from loops.small_models import checkpoint_reentrantly
+
 FAULTS: dict[str, tuple[str, str]] = {
     "prompts_from_an_unseeded_generator": ("SYS009", "loop"),
     "adapter_left_on_for_the_reference": ("REF005", "reference"),
@@ -99,14 +101,19 @@ FAULTS: dict[str, tuple[str, str]] = {
     "zeroed_once_an_epoch": ("OPT004", "loop"),
     "batch_drawn_with_replacement": ("OPT006", "loop"),
     "previous_batch_once_more": ("OPT006", "loop"),
+    "mask_moved_by_the_left_pads": ("ROL005", "loop"),
+    "checkpointed_without_input_gradients": ("OPT002", "policy"),
+    "whitening_of_each_half": ("ADV004", "loop"),
+    "old_values_are_live": ("LOS002", "value"),
 }
 ALSO = {
     "score_called_and_not_used": ("ADV008",),
     "entropy_of_the_pads": ("ROL005",),
     "critic_learning_rate_floored": ("OPT005",),
     "policy_learning_rate_floored": ("OPT005",),
+    "old_values_are_live": ("LOS004", "LOS007"),
 }
-EDGE = {"whitening_without_epsilon"}  # an ordinary batch does not show these
+EDGE = {"whitening_without_epsilon", "old_values_are_live"}  # an ordinary batch does not show these
 NOT_FINITE: set[str] = set()
 
 SPOKEN = (
@@ -179,6 +186,8 @@ def build(fault: str | None = None) -> dict[str, Any]:
     policy, reward, critic = three_models(len(tok))
     if fault == "critic_frozen":
         critic.requires_grad_(False)
+    if fault == "checkpointed_without_input_gradients":
+        checkpoint_reentrantly(policy.get_base_model())
     optimizer = torch.optim.AdamW(
         [
             {
@@ -366,6 +375,9 @@ def build(fault: str | None = None) -> dict[str, Any]:
             mean = (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
             var = ((x - mean).square() * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
             return (x - mean) / (var + 1e-8).sqrt()
+        if fault == "whitening_of_each_half":
+            halves = zip(x.tensor_split(2, 1), mask.tensor_split(2, 1), strict=True)
+            return torch.cat([(h - h[m].mean()) / (h[m].std(correction=0) + 1e-8) for h, m in halves], 1)
         real = x.flatten() if fault == "whitening_counts_the_pads" else x[mask]
         mean, deviation = real.mean(), real.std(correction=0)
         if fault == "whitening_adds_the_mean_back":
@@ -403,7 +415,7 @@ def build(fault: str | None = None) -> dict[str, Any]:
         if fault == "policy_loss_rises":
             policy_loss = -policy_loss
 
-        before = b["values"][rows]
+        before = values.detach() if fault == "old_values_are_live" else b["values"][rows]
         held = before + (values - before).clamp(-VALUE_CLIP, VALUE_CLIP)
         errors = (values - returns).square(), (held - returns).square()
         worse = torch.min(*errors) if fault == "value_clip_takes_the_minimum" else torch.max(*errors)
@@ -436,6 +448,10 @@ def build(fault: str | None = None) -> dict[str, Any]:
             batch["mask"] = batch["mask"] & (batch["responses"] != EOS)
         elif fault == "mask_of_ones":
             batch["mask"] = torch.ones_like(batch["mask"])
+        elif fault == "mask_moved_by_the_left_pads":
+            pads = (batch["attention"].cumsum(1) == 0).sum(1, keepdim=True)
+            at = torch.arange(batch["mask"].shape[1]) - pads
+            batch["mask"] = batch["mask"].gather(1, at.clamp(min=0)) & (at >= 0)
         before = kept.previous
         kept.previous = batch if fault == "previous_batch_once_more" else None
         updates = learn(batch)

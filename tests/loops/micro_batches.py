@@ -22,6 +22,7 @@ GAMMA, LAM, TEMPERATURE = 0.97, 0.9, 0.8
 KL_COEF, CLIP, CLIP_VALUE, VF_COEF, ENT_COEF, REWARD_CLIP, MAX_NORM = 0.05, 0.2, 0.5, 1.0, 0.005, 5.0, 1.0
 SAMPLES_PER_PROMPT, EPOCHS, MINIBATCHES, MICRO_BATCH, RESPONSE_LENGTH = 2, 2, 2, 4, 8
 LEARNING_RATE, CRITIC_LEARNING_RATE = 5e-5, 2e-4
+STOPS = [EOS, 10, 20, 30, 40]  # where rollouts end that stop at words as well
 
 # fault -> (the code that names it, the role it is in)
 FAULTS: dict[str, tuple[str, str]] = {
@@ -95,6 +96,16 @@ FAULTS: dict[str, tuple[str, str]] = {
     "buffer_never_cleared": ("OPT006", "loop"),
     "minibatches_overlap": ("OPT006", "loop"),
     "last_minibatch_dropped": ("OPT006", "loop"),
+    "old_logprobs_of_generation_scores": ("ROL003", "loop"),
+    "ranks_share_a_seed": ("ROL007", "loop"),
+    "values_one_early": ("VAL013", "value"),
+    "eos_written_over_the_last_token": ("ROL010", "loop"),
+    "first_value_head_back_after_scoring": ("OPT003", "value"),
+    "mask_knows_one_of_the_stop_tokens": ("ROL005", "loop"),
+    "missing_logprobs_are_zero": ("ROL004", "loop"),
+    "one_surrogate_of_normalised_advantages": ("LOS002", "loop"),
+    "critic_mask_one_late": ("ROL005", "loop"),
+    "critic_learns_normalised_returns": ("VAL015", "value"),
 }
 # Other codes that are true of a fault as well.
 ALSO: dict[str, tuple[str, ...]] = {
@@ -105,6 +116,10 @@ ALSO: dict[str, tuple[str, ...]] = {
     "accumulation_never_completes": ("VAL008", "OPT004"),
     "clipped_to_norm_zero": ("OPT002", "VAL008"),
     "critic_head_in_no_optimizer": ("OPT001",),
+    "old_logprobs_of_generation_scores": ("ROL002",),
+    "first_value_head_back_after_scoring": ("VAL008", "SYS003"),
+    "missing_logprobs_are_zero": ("ROL003",),
+    "critic_learns_normalised_returns": ("ADV001", "LOS004"),
 }
 
 
@@ -179,6 +194,7 @@ class Trainer:
         self.engine = copy.deepcopy(actor) if fault == "engine_never_synchronised" else actor
         self.kl_coef = KL_COEF
         self.buffer: list[Experience] = []
+        self.first_head = copy.deepcopy(critic.value_head.state_dict())
         if fault == "adapter_merged_and_unmerged":
             drawn = torch.Generator().manual_seed(0)
             self.adapter = [0.1 * torch.randn(p.shape, generator=drawn) for p in actor.parameters()]
@@ -205,25 +221,42 @@ class Trainer:
             options["top_k"] = 5
         if self.fault == "repetition_penalty_in_generate":
             options["repetition_penalty"] = 1.5
+        if self.fault == "old_logprobs_of_generation_scores":
+            options |= {"top_k": 5, "output_scores": True, "return_dict_in_generate": True}
         if self.fault == "adapter_merged_and_unmerged":
             for p, delta in zip(self.engine.parameters(), self.adapter, strict=True):
                 p.add_(delta)
             for p, delta in zip(self.engine.parameters(), self.adapter, strict=True):
                 p.sub_(delta)
-        once = self.fault == "samples_are_copies"
         seen = torch.ones_like(mask) if self.fault == "generate_without_mask" else mask
-        sequences = self.engine.generate(
-            input_ids=ids[::SAMPLES_PER_PROMPT] if once else ids,
-            attention_mask=seen[::SAMPLES_PER_PROMPT] if once else seen,
-            max_new_tokens=RESPONSE_LENGTH,
-            do_sample=True,
-            eos_token_id=EOS,
-            pad_token_id=PAD,
-            **options,
-        )
-        if once:
-            sequences = sequences.repeat_interleave(SAMPLES_PER_PROMPT, 0)
+
+        def sampled(rows):
+            return self.engine.generate(
+                input_ids=ids[rows],
+                attention_mask=seen[rows],
+                max_new_tokens=RESPONSE_LENGTH,
+                do_sample=True,
+                eos_token_id=STOPS if self.fault == "mask_knows_one_of_the_stop_tokens" else EOS,
+                pad_token_id=PAD,
+                **options,
+            )
+
         width = ids.shape[1]
+        if self.fault == "samples_are_copies":
+            sequences = sampled(slice(None, None, SAMPLES_PER_PROMPT)).repeat_interleave(SAMPLES_PER_PROMPT, 0)
+        elif self.fault == "ranks_share_a_seed":
+            of_ranks, state = [], torch.get_rng_state()
+            for rank in range(SAMPLES_PER_PROMPT):
+                torch.set_rng_state(state)
+                of_ranks.append(sampled(slice(rank, None, SAMPLES_PER_PROMPT)))
+            sequences = torch.stack(of_ranks, 1).flatten(0, 1)
+        else:
+            sequences = sampled(slice(None))
+        if self.fault == "old_logprobs_of_generation_scores":
+            scores, sequences = torch.stack(sequences.scores, 1), sequences.sequences
+            self.drawn = scores.log_softmax(-1).gather(-1, sequences[:, width:, None])[..., 0]
+        if self.fault == "eos_written_over_the_last_token":
+            sequences[~(sequences[:, width:] == EOS).any(1), -1] = EOS
         if self.fault == "text_round_trip":
             said = self.tokenizer.batch_decode(sequences[:, width:], skip_special_tokens=True)
             again = [self.tokenizer(text, add_special_tokens=False).input_ids or [PAD] for text in said]
@@ -248,9 +281,14 @@ class Trainer:
         if self.fault == "old_logprobs_of_a_bfloat16_engine":
             engine = Actor(copy.deepcopy(self.actor.model).to(torch.bfloat16), self.fault)
             log_probs = engine(sequences, attention_mask, actions)[0]
+        elif self.fault == "old_logprobs_of_generation_scores":
+            log_probs = self.drawn
         else:
             masked = self.fault != "old_logprobs_attend_to_pads"
             log_probs = self.actor(sequences, attention_mask, actions, masked=masked)[0]
+        if self.fault == "missing_logprobs_are_zero":
+            missing = torch.arange(actions) >= true_mask.sum(1, keepdim=True) - 2
+            log_probs[::3] = log_probs[::3].masked_fill(missing[::3], 0.0)
         base = self.reference(
             sequences,
             attention_mask,
@@ -263,6 +301,8 @@ class Trainer:
             values = values.roll(1, 0)
         scores = self.reward(sequences, attention_mask=attention_mask, position_ids=positions(attention_mask))
         scores = self.shape_scores(scores.logits[:, 0])
+        if self.fault == "first_value_head_back_after_scoring":
+            self.critic.value_head.load_state_dict(self.first_head)
         kl_coef = self.kl_coef if self.fault == "kl_in_loss_and_reward" else 0.0
         if self.fault == "pads_are_trained_on":
             action_mask = torch.ones_like(action_mask)
@@ -293,6 +333,8 @@ class Trainer:
         if self.fault == "returns_of_another_batch":
             drawn = torch.Generator().manual_seed(3)
             returns = torch.randn(len(returns), RESPONSE_LENGTH, generator=drawn)[:, :actions]
+        if self.fault == "critic_learns_normalised_returns":
+            returns = (returns - returns[true_mask].mean()) / returns[true_mask].std()
         self.scores = scores
         return Experience(
             sequences, attention_mask, action_mask, log_probs, base, values, rewards, advantages, returns
@@ -302,6 +344,8 @@ class Trainer:
         values = self.critic(sequences, attention_mask)
         if self.fault == "values_one_late":
             return values[:, -actions:]
+        if self.fault == "values_one_early":
+            return values[:, -actions - 2 : -2]
         if self.fault == "values_of_the_prompt":
             return values[:, :actions]
         return values[:, -actions - 1 : -1]
@@ -357,7 +401,11 @@ class Trainer:
         if self.fault == "advantages_of_live_values":
             live = self.action_values(e.sequences, e.attention_mask, new.shape[1]).masked_fill(~e.action_mask, 0.0)
             advantages = self.advantages_and_returns(live, e.rewards)[0]
-        losses = -torch.min(ratio * advantages, ratio.clamp(low, high) * advantages)
+        clipped = ratio.clamp(low, high) * advantages
+        if self.fault == "one_surrogate_of_normalised_advantages":
+            real = advantages[e.action_mask]
+            clipped = ratio.clamp(low, high) * (advantages - real.mean()) / real.std()
+        losses = -torch.min(ratio * advantages, clipped)
         if self.fault == "policy_loss_turned":
             losses = -losses
         if self.fault == "masked_ratios_times_zero":
@@ -391,7 +439,10 @@ class Trainer:
             losses = surrogate2
         if self.fault == "critic_trains_on_pads":
             return 0.5 * losses.sum()
-        return 0.5 * masked_sum(losses, e.action_mask)
+        mask = e.action_mask
+        if self.fault == "critic_mask_one_late":
+            mask = torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1)
+        return 0.5 * masked_sum(losses, mask)
 
     # ---- updates ----
 

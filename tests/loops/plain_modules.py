@@ -101,15 +101,23 @@ FAULTS: dict[str, tuple[str, str]] = {
     "text_scores_in_alphabetical_order": ("ROL009", "loop"),
     "text_scores_cut_to_whole_numbers": ("ADV009", "loop"),
     "text_function_called_for_the_log_only": ("VAL009", "value"),
+    "mask_of_ids_that_are_never_minus_100": ("ROL005", "loop"),
+    "whitened_in_halves": ("ADV004", "loop"),
+    "old_values_are_live": ("LOS002", "value"),
+    "critic_regresses_normalised_returns": ("VAL015", "value"),
 }
 ALSO = {
     "score_overwritten_with_zero": ("ADV008",),
     "text_function_called_for_the_log_only": ("ADV008",),
+    "mask_of_ids_that_are_never_minus_100": ("ADV003", "KLD005"),
+    "old_values_are_live": ("LOS004", "LOS007"),
+    "critic_regresses_normalised_returns": ("ADV001", "LOS004"),
 }
 EDGE = {  # an ordinary batch does not show these in its first steps
     "ratio_of_probabilities",
     "controller_told_the_token_mean",
     "controller_told_the_score",
+    "old_values_are_live",
 }
 NOT_FINITE = {"ratio_at_pads_infinite_times_zero"}
 
@@ -299,7 +307,10 @@ def build(fault: str | None = None, reward: Literal["model", "texts"] = "model")
             decay = gamma
         elif fault == "discount_of_one":
             gamma, decay = 1.0, LAM
-        runs_on = ("rows_run_over_the_pads", "kl_of_pads_runs_into_the_response", "score_at_the_width")
+        runs_on = (
+            "rows_run_over_the_pads", "kl_of_pads_runs_into_the_response", "score_at_the_width",
+            "mask_of_ids_that_are_never_minus_100",
+        )  # fmt: skip
         length = len(rewards) if fault in runs_on else n
         if fault == "end_state_has_a_value":
             following = values[min(length, len(values) - 1)]
@@ -378,6 +389,8 @@ def build(fault: str | None = None, reward: Literal["model", "texts"] = "model")
         ids, mask, p, prompts = sample()
         actions, keep = ids[:, p:], mask[:, p:].bool()
         n = keep.sum(1)
+        if fault == "mask_of_ids_that_are_never_minus_100":
+            keep = actions != -100
         width = actions.shape[1]
         if fault == "actions_of_the_reversed_batch":
             actions = actions.flip(0)
@@ -441,6 +454,8 @@ def build(fault: str | None = None, reward: Literal["model", "texts"] = "model")
             ret = v_old - adv
         elif fault == "score_everywhere_as_target":
             ret = scores[:, None].expand_as(v_old)
+        elif fault == "critic_regresses_normalised_returns":
+            ret = (ret - ret[keep].mean()) / ret[keep].std()
         if fault == "rewards_to_go_as_advantages":
             adv = advantages_of(rewards, torch.zeros_like(v_old), n)
         elif fault == "advantage_of_kl_only":
@@ -457,6 +472,9 @@ def build(fault: str | None = None, reward: Literal["model", "texts"] = "model")
         if fault == "whitened_per_minibatch":
             mean, spread = torch.zeros(()), torch.ones(())
         adv = (adv - mean) / (spread + 1e-8)
+        if fault == "whitened_in_halves":
+            halves = [(raw[:, at], keep[:, at]) for at in (slice(width // 2), slice(width // 2, None))]
+            adv = torch.cat([(x - x[k].mean()) / (x[k].std(correction=0) + 1e-8) for x, k in halves], 1)
 
         # 4. updates
         if fault == "trained_without_eos":
@@ -491,6 +509,8 @@ def build(fault: str | None = None, reward: Literal["model", "texts"] = "model")
                 r = (advantages_of(rewards[rows], v_grid, n[rows]) + v_grid)[k]
             if fault == "old_is_new":
                 o = new.detach()
+            if fault == "old_values_are_live":
+                before = v.detach()
             if fault == "values_detached_in_the_loss":
                 v = v.detach()
             ratio = new.exp() / o.exp() if fault == "ratio_of_probabilities" else (new - o).exp()

@@ -87,11 +87,22 @@ FAULTS: dict[str, tuple[str, str]] = {
     "epochs_inside_minibatches": ("OPT006", "loop"),
     "minibatches_overlap": ("OPT006", "loop"),
     "half_of_the_batch_is_skipped": ("OPT006", "loop"),
+    "end_sought_in_the_prompt_too": ("REW014", "loop"),
+    "prompt_twice": ("ROL010", "loop"),
+    "responses_start_where_the_first_does": ("ROL005", "loop"),
+    "reference_weights_swapped_in_and_out": ("ROL003", "loop"),
+    "sum_divided_by_the_padded_width": ("LOS003", "loop"),
+    "one_surrogate_of_normalised_advantages": ("LOS002", "loop"),
+    "reference_pass_skipped": ("REF005", "reference"),
 }
 ALSO = {
     "score_computed_and_dropped": ("ADV008",),
     "score_centred_over_its_own_axis": ("VAL009", "ADV008"),
     "critic_head_in_no_optimizer": ("OPT001",),
+    "end_sought_in_the_prompt_too": ("LOS007",),
+    "prompt_twice": ("ROL005",),
+    "responses_start_where_the_first_does": ("ROL004",),
+    "reference_weights_swapped_in_and_out": ("OPT003",),
 }
 EDGE: set[str] = set()  # an ordinary batch does not show these
 NOT_FINITE = {"old_logprobs_padded_with_minus_infinity"}
@@ -267,6 +278,11 @@ class PPO:
             ended = ended | (going & (token == EOS))
         if self.fault == "eos_overwritten_with_pad":
             ids[ids == EOS] = PAD
+        if self.fault == "prompt_twice":
+            full = torch.full((s.batch, ids.shape[1] + int(starts.max())), PAD)
+            for row, old, start, end in zip(full, ids, starts, ends, strict=True):
+                row[: start + end] = torch.cat([old[:start], old[:end]])
+            ids, ends = full, ends + starts
         return Rollout(ids, starts, ends, ended)
 
     @torch.no_grad()
@@ -280,6 +296,8 @@ class PPO:
             r.mask = t <= last[:, None]
         elif self.fault == "mask_includes_the_pads":
             r.mask = t >= first[:, None]
+        elif self.fault == "responses_start_where_the_first_does":
+            r.mask = (t >= first[0]) & (t <= last[:, None])
         r.old = self.logprobs(self.policy, r.ids, r.ends, s.temperature)
         anchor = self.policy if self.fault == "kl_of_the_policy_with_itself" else self.reference
         r.ref = self.logprobs(
@@ -289,6 +307,13 @@ class PPO:
             temperature=1.0 if self.fault == "reference_without_temperature" else s.temperature,
             first=1 if self.fault == "reference_positions_start_at_one" else 0,
         )
+        if self.fault == "reference_weights_swapped_in_and_out":
+            kept = {name: weight.half() for name, weight in self.policy.state_dict().items()}
+            self.policy.load_state_dict(self.reference.state_dict())
+            r.ref = self.logprobs(self.policy, r.ids, r.ends, s.temperature)
+            self.policy.load_state_dict(kept)
+        elif self.fault == "reference_pass_skipped":
+            r.ref = torch.zeros_like(r.old)
         r.values = self.states(r.ids, r.starts, r.ends)
         if self.fault == "values_sorted_by_length":
             order = r.ends.argsort()
@@ -313,6 +338,8 @@ class PPO:
             r.scores = r.scores - s.no_eos * r.ended
         elif self.fault == "penalty_on_every_row":
             r.scores = r.scores - s.no_eos * (r.ids != EOS).any(1)
+        elif self.fault == "end_sought_in_the_prompt_too":
+            r.scores = r.scores - s.no_eos * (r.ids != EOS).all(1)
         elif self.fault != "penalty_never_fires":
             r.scores = r.scores - s.no_eos * (~r.ended)
         self.advantages(r)
@@ -413,6 +440,9 @@ class PPO:
             ratio = torch.exp(torch.where(mask, new - old, 0.0))
         clip = 20.0 if self.fault == "clip_range_in_percent" else s.clip
         plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)
+        if self.fault == "one_surrogate_of_normalised_advantages":
+            normal = (advantages - advantages[mask].mean()) / advantages[mask].std()
+            clipped = -normal * ratio.clamp(1 - clip, 1 + clip)
         if self.fault == "policy_loss_without_minus":
             plain, clipped = -plain, -clipped
         worse = (
@@ -426,6 +456,8 @@ class PPO:
             policy_loss = (worse * mask).sum(1).mean()
         elif self.fault == "mean_over_the_padded_grid":
             policy_loss = torch.where(mask, worse, 0.0).mean()
+        elif self.fault == "sum_divided_by_the_padded_width":
+            policy_loss = torch.where(mask, worse, 0.0).sum() / mask.shape[1]
         else:
             policy_loss = torch.where(mask, worse, 0.0).sum(1).mean()
         value_loss = torch.where(over, squares, 0.0).sum(1).mean()
@@ -511,7 +543,9 @@ def build(fault: str | None = None) -> dict[str, Any]:
         critic.load_state_dict(reward.state_dict())
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward.eval().requires_grad_(False)
-    cursor = Cursor([tok(p)["input_ids"] for p in PROMPTS])
+    turns = fault == "end_sought_in_the_prompt_too"  # prompts that hold the end of another turn
+    prompts = [f"so <end> {p}" if turns else p for p in PROMPTS]
+    cursor = Cursor([tok(p)["input_ids"] for p in prompts])
     ppo = PPO(policy, reference, reward, critic, cursor, s, fault)
     return {
         "policy": policy,
@@ -519,7 +553,7 @@ def build(fault: str | None = None) -> dict[str, Any]:
         "reward": reward,
         "value": critic,
         "tokenizer": tok,
-        "prompts": list(PROMPTS),
+        "prompts": prompts,
         "step": ppo.step,
         "optimizers": [ppo.policy_optimizer, ppo.critic_optimizer],
         "state": [] if fault == "cursor_is_not_in_the_state" else [cursor],
@@ -545,7 +579,7 @@ def build(fault: str | None = None) -> dict[str, Any]:
             "ppo_epochs": s.epochs,
             "num_minibatches": s.minibatches,
             "batch_size": s.batch,
-            "prompt_length": 7,
+            "prompt_length": max(map(len, cursor.prompts)),
             "response_length": s.response,
             "dtype": "float32",
             "reference": "policy",

@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 from typing import Any, Literal
 
 import tokenizers
 import torch
 import transformers
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["BOS", "EOS", "PAD", "VOCAB", "prompts", "standardise", "teach_to_end", "tiny_llama", "tokenizer"]
+__all__ = [
+    "BOS",
+    "EOS",
+    "PAD",
+    "VOCAB",
+    "checkpoint_reentrantly",
+    "prompts",
+    "standardise",
+    "teach_to_end",
+    "tiny_llama",
+    "tokenizer",
+]
 
 SPOKEN = (
     "the a film book song story plot actor was is seems felt very quite rather too good great fine fresh dull bad slow "
@@ -98,6 +111,17 @@ def _built(seed: int, head: str) -> Any:
         else:
             standardise(model.model, model.score)
     return model
+
+
+def checkpoint_reentrantly(model: Any) -> None:
+    """Blocks are computed anew in the backward pass, in the old way that needs inputs with a gradient."""
+
+    def quietly(function: Any, *args: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that no input has a gradient
+            return checkpoint(function, *args, use_reentrant=True)
+
+    model._set_gradient_checkpointing(gradient_checkpointing_func=quietly)
 
 
 @torch.no_grad()
