@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.facts import Unavailable
-from rlhf_doctor.trace.recover import Recovered, _fit_windows, masked, policy_response, return_response
+from rlhf_doctor.trace.recover import Recovered, _fit_windows, masked, policy_response, return_response, shared_scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -223,17 +223,23 @@ def discount(traced: Traced, of: str) -> Discount:
     The units of the gains do not matter: where the policy does not follow returns − values they are unknown.
     """
     products: list[float] = []
-    for row in score_gains(traced, of):
-        products += _ratios(row.gain)
-    gammas: list[float] = []
-    product = float(np.median(products)) if products else None
-    for row in value_gains(traced, of):
-        own = row.gain[row.at]
-        if of == "policy" and row.at >= 1 and abs(own) > NOTHING and product is not None:
-            gammas.append(row.gain[row.at - 1] / -own + product)
-            if row.at >= 2 and np.abs(row.gain[: row.at]).max() > 20 * NOTHING * abs(own):
+    one = traced.experiments.done.get("one score")
+    if one is None or critic_free(traced) or not shared_scores(traced.recovered, traced.experiments, one):
+        for row in score_gains(traced, of):
+            products += _ratios(row.gain)
+    values = [row for row in value_gains(traced, of) if row.at >= 1]
+    if of == "policy":
+        values = [row for row in values if abs(row.gain[row.at]) > NOTHING]
+        for row in values:
+            if row.at >= 2 and np.abs(row.gain[: row.at]).max() > 20 * NOTHING * abs(row.gain[row.at]):
                 products += _ratios(row.gain[: row.at])
-        elif of == "target" and row.at >= 1 and abs(own) < NOTHING and product is not None:
+    product = float(np.median(products)) if products else None
+    gammas: list[float] = []
+    for row in values if product is not None else ():
+        own = row.gain[row.at]
+        if of == "policy":
+            gammas.append(row.gain[row.at - 1] / -own + product)
+        elif abs(own) < NOTHING:
             gammas.append(row.gain[row.at - 1] + product)
     scatter = max((_scatter(x) for x in (products, gammas) if x), default=float("inf"))
     gamma = float(np.median(gammas)) if gammas else None

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.trace.anchor import anchor
 from rlhf_doctor.trace.estimators import CLOSE, STILL, VALUES, Fit, Penalty, old_logp, reference_logp, temperatures
-from rlhf_doctor.trace.recover import masked, return_response
+from rlhf_doctor.trace.recover import masked, return_response, shared_scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,6 +82,9 @@ def _in_reward(
         return None
     returns = _first_only(traced, return_response(found, traced.experiments, moved))
     decay = found.gamma_lam if found.gamma_lam is not None else found.gamma_lam_of_policy
+    if decay is None and "discount" in found.reasons:
+        gamma, lam = number(declared.get("gamma")), number(declared.get("lam"))
+        decay = None if gamma is None or lam is None else gamma * lam
     onto = chosen & np.isfinite(returns)
     if decay is None or not onto.any():
         reasons["reward"] = (
@@ -108,7 +112,25 @@ def _gain_of_scores(traced: Traced) -> float:
     """What a unit of the score is worth in rewards: other than 1 where rewards are scaled as a whole."""
     edge = traced.recovered.edges.get("reward → value target")
     gain = None if edge is None else edge.gain
+    one = traced.experiments.done.get("one score")
+    if one is not None and shared_scores(traced.recovered, traced.experiments, one):
+        gain = _scale_of_scores(traced)
     return gain if gain is not None and gain > 0.05 and abs(gain - 1) > 0.01 else 1.0
+
+
+def _scale_of_scores(traced: Traced) -> float | None:
+    """What the last rewards are of the scores where a batch's deviation divides both: a change would move that too."""
+    base, rewards = traced.base, traced.recovered.rewards
+    if rewards is None:
+        return None
+    rows, last = np.arange(len(base.samples)), np.maximum(base.real.sum(1) - 1, 0)
+    y, ended = rewards[rows, last], np.array([float(s.ended) for s in base.samples])
+    known = np.isfinite(y) & np.isfinite(base.scores)
+    x = np.stack([base.scores, ended, np.ones(len(ended))], 1)[known]
+    if len(x) < 4 or np.ptp(x[:, 0]) == 0:
+        return None
+    slope = float(np.linalg.lstsq(x, y[known], rcond=None)[0][0])
+    return slope if slope > 0 else None
 
 
 def _first_only(traced: Traced, values: Floats) -> Floats:
