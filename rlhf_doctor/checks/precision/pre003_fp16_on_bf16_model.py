@@ -10,17 +10,26 @@ from typing import Any
 from rlhf_doctor.check import check
 from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
-from rlhf_doctor.instruments.readings import Manifest
+from rlhf_doctor.instruments.precision import HeadRounding
+from rlhf_doctor.instruments.readings import Manifest, Output
 
 FP16 = ("fp16", "float16", "half", "f16", "torch.float16", "torch.half", "16", "16-mixed", "16-true", "fp16-mixed")
 
 
 @check("PRE003", "a bfloat16 model is not run in float16", stage=Stage.STATIC, severity=Severity.ERROR)
-def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifest]) -> Iterator[Finding]:
+def fp16_on_bf16_model(
+    setup: Any,
+    options: Any,
+    manifest: Mapping[Role, Manifest],
+    output: Mapping[Role, Output] | None = None,
+    head_rounding: Mapping[Role, HeadRounding] | None = None,
+) -> Iterator[Finding]:
     """
     What it examines:
         The dtype that each checkpoint was saved in, from config.json and the headers of its weights, against the dtype
-        that is declared, asked for on the command line, or that the model in memory has.
+        that is declared, asked for on the command line, or that the model in memory has. Where models can be called,
+        also the dtype that their vocabulary product and their output really have: autocast changes it, and nothing in
+        the weights shows that.
 
     Why it matters:
         bfloat16 reaches to 3e38, float16 to 65504. Models that were trained in bfloat16 have activations beyond that,
@@ -47,14 +56,17 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
     hit: dict[Role, tuple[str, str]] = {}
     for role, m in manifest.items():
         saved = _saved(m)
-        live = m.origin == "module" and m.weight_dtypes.get("F16", 0) > 0.5 * max(sum(m.weight_dtypes.values()), 1)
+        given, head = (output or {}).get(role), (head_rounding or {}).get(role)
+        computed = {given.dtype if given else "", head.head if head else ""}
         run = (
             "declared dtype"
             if declared in FP16
             else "--dtype"
             if asked in FP16
             else "weights in memory"
-            if live
+            if m.origin == "module" and _mostly("F16", m)
+            else "what it computes, as under autocast"
+            if m.origin == "module" and "float16" in computed
             else ""
         )
         if saved and run:
@@ -65,7 +77,7 @@ def fp16_on_bf16_model(setup: Any, options: Any, manifest: Mapping[Role, Manifes
     yield Finding(
         f"Models that were saved in bfloat16 are run in float16: {roles}. Their activations may pass float16's 65504 "
         "and turn into NaN: run them in bfloat16 or float32.",
-        role=next(iter(hit)) if len(hit) == 1 else "setup",
+        role=next(iter(hit)) if len(hit) == 1 else "policy" if {*hit} == {"policy", "reference"} else "setup",
         confidence=Confidence.MEASURED,
         evidence=tuple(
             Evidence(f"dtype that the {spoken(role)} runs in", "bfloat16 or float32", f"float16 ({run})", where=saved)
@@ -79,8 +91,8 @@ def _saved(m: Manifest) -> str:
     for name in ("dtype", "torch_dtype"):
         if str(m.config.get(name) or "").removeprefix("torch.") == "bfloat16":
             return f"{name} of {m.path + '/config.json' if m.path else 'the config'}"
-    if m.origin == "checkpoint" and m.weight_dtypes.get("BF16", 0) > 0.5 * max(sum(m.weight_dtypes.values()), 1):
-        return f"weights of {m.path}"
+    if m.origin in ("checkpoint", "module") and _mostly("BF16", m):
+        return f"weights of {m.path}" if m.path else "weights in memory"
     source = str(m.raw_config.get("_name_or_path") or "")
     file = Path(source) / "config.json"
     if m.origin == "module" and source and file.is_file():
@@ -91,6 +103,10 @@ def _saved(m: Manifest) -> str:
         if isinstance(config, dict) and "bfloat16" in str(config.get("dtype") or config.get("torch_dtype")):
             return f"dtype of {file}"
     return ""
+
+
+def _mostly(dtype: str, m: Manifest) -> bool:
+    return m.weight_dtypes.get(dtype, 0) > 0.5 * max(sum(m.weight_dtypes.values()), 1)
 
 
 @fp16_on_bf16_model.fault("float16 declared for bfloat16 checkpoints")
@@ -112,3 +128,19 @@ def _(healthy: Any) -> Any:
     policy = copy.deepcopy(healthy.policy)
     policy.config.dtype = "bfloat16"
     return policies.alone(healthy, policy=policy.half(), declared={"dtype": "float16"})
+
+
+@fp16_on_bf16_model.fault("a bfloat16 policy under an autocast that was given no dtype")
+def _(healthy: Any) -> Any:
+    import copy
+
+    import torch
+
+    from rlhf_doctor.selftest import policies
+
+    def call(model: Any, ids: Any, mask: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.float16):  # what "cuda" takes by itself
+            return model(input_ids=ids, attention_mask=mask).logits.float()
+
+    setup = policies.alone(healthy, policy=copy.deepcopy(healthy.policy).bfloat16())
+    return setup.but(calls={**setup.calls, "policy": call})

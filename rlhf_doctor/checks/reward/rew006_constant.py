@@ -12,6 +12,7 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.function_range import FunctionRange
 from rlhf_doctor.instruments.on_samples import OnSamples
 from rlhf_doctor.instruments.preferences import PairScores
+from rlhf_doctor.instruments.prompt_use import PromptUse
 from rlhf_doctor.instruments.readings import Influence, Manifest
 from rlhf_doctor.instruments.variation import Variation
 
@@ -32,12 +33,15 @@ def reward_constant(
     reward_on_samples: OnSamples | None = None,
     reward_preferences: PairScores | None = None,
     reward_function_range: FunctionRange | None = None,
+    reward_prompt_use: PromptUse | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
         A text of 16 tokens is scored with its second half replaced six times, then with its first half replaced six
         times. The score should move both times; "no dependence on the first half" also needs a gradient of exactly
-        zero there, since rounding can hide a weak one. A reward function is asked for the policy's own samples, for
+        zero there, since rounding can hide a weak one. Then the policy's responses are scored behind one another's
+        prompts: what tells prompt and response apart may be a token that only the setup's own prompts have, and a score
+        that drops the prompt there does not move. A reward function is asked for the policy's own samples, for
         the preference pairs, and for other texts, among them every text that its code mentions; it may well give the
         same number for all samples, as a strict verifier does, and that is info, unless nothing at all moves it, or
         the opening tag that the prompt already ends in does.
@@ -63,7 +67,8 @@ def reward_constant(
         https://github.com/huggingface/trl/issues/6966 (a tag that the template has already written).
     """
     if reward_variation is not None:
-        yield from _of_model(reward_variation, reward_influence, reward_manifest)
+        found = [*_of_model(reward_variation, reward_influence, reward_manifest)]
+        yield from found or _of_prompts(reward_prompt_use, reward_manifest)
         return
     if reward_on_samples is None and reward_preferences is None:
         raise Unavailable("needs prompts and a policy to sample from, or preferences")
@@ -108,6 +113,26 @@ def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> 
                 f"largest change of the score when tokens 0 … {half - 1} are replaced, six times",
                 expected="not exactly 0",
                 observed=f"{prompt:.3g}; largest gradient there, of the row's largest: {gradient:.3g}",
+                where=manifest.class_name,
+            ),
+        ),
+    )
+
+
+def _of_prompts(use: PromptUse | None, manifest: Manifest) -> Iterator[Finding]:
+    if use is None or not use.ignored:
+        return
+    yield Finding(
+        "The reward model's score of a response is the same behind every prompt. The reward model should see prompt "
+        "and response together: decode what it is given, and look for the place where the prompt is cut off.",
+        role="reward",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                f"largest change of {len(use.own)} responses' scores behind the other prompts",
+                expected="well above rounding",
+                observed=f"{use.moved:.3g}, the responses' scores being {use.spread:.3g} apart",
+                tolerance=f"{use.rounding:.2g}",
                 where=manifest.class_name,
             ),
         ),
@@ -187,6 +212,18 @@ def _(healthy: Any) -> Any:
         hidden = mask.clone()
         hidden[:, : mask.shape[1] // 2] = 0
         return model(input_ids=ids, attention_mask=hidden).logits
+
+    return healthy.but(calls={**healthy.calls, "reward": call})
+
+
+@reward_constant.fault("everything up to the end of the question is masked out before scoring")
+def _(healthy: Any) -> Any:
+    marks = healthy.tokenizer.convert_tokens_to_ids([":", "?"])
+
+    def call(model: Any, ids: Any, mask: Any) -> Any:
+        turn = sum(ids == mark for mark in marks) > 0
+        answer = mask * (turn.flip(1).cumsum(1).flip(1) == 0)
+        return model(input_ids=ids, attention_mask=answer if bool(answer.any()) else mask).logits
 
     return healthy.but(calls={**healthy.calls, "reward": call})
 
