@@ -52,7 +52,7 @@ class Judge:
         """Scores of (prompt ids, response ids).
 
         Raises:
-            Unavailable: a sequence does not fit the model, or a tokenizer that is needed is not there.
+            Unavailable: a sequence is empty or does not fit the model, or a tokenizer that is needed is not there.
             Broken: the reward cannot be called.
         """
         if not self.live.texts and not self.recodes:
@@ -94,6 +94,8 @@ class Judge:
         return (*start, *end, *([self.eos_id] if eos and self.eos_id is not None else []))
 
     def _ids(self, sequences: Sequence[Ids]) -> list[float]:
+        if not all(sequences):
+            raise Unavailable("a text has no tokens")
         limit, rows = self.manifest.max_positions, self.manifest.embedding_rows
         if limit and max(len(s) for s in sequences) > limit:
             raise Unavailable(f"the {self.live.role} holds {limit} positions, the texts are longer")

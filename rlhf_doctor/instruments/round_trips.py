@@ -25,11 +25,17 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Pairs whose prompt has other ids inside prompt + response than alone: ``first`` as (prompt, response)."""
+    """Pairs whose prompt has other ids inside prompt + response than alone: ``first`` as (prompt, response).
+
+    ``moved`` counts pairs whose prompt stays, and whose response has other ids behind it than alone although the two
+    are glued in the middle of a text; ``first_moved`` as (prompt, response, ids behind the prompt, ids alone).
+    """
 
     pairs: int
     changed: int
     first: tuple[str, str] | None
+    moved: int = 0
+    first_moved: tuple[str, str, tuple[int, ...], tuple[int, ...]] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ def round_trips(setup: Any) -> RoundTrips:
         if ids != again:
             changed.append((text, tuple(ids), tuple(again)))
     broken = []
+    moved: list[tuple[str, str, tuple[int, ...], tuple[int, ...]]] = []
     for prompt, response in pairs:
         if joined(prompt, response) != prompt + response:
             continue  # nothing stands between the two words, so it is ids that are joined, not texts
@@ -87,10 +94,27 @@ def round_trips(setup: Any) -> RoundTrips:
         joint = encode(tokenizer, prompt + response, add_special_tokens=False)
         if joint[: len(alone)] != alone:
             broken.append((prompt, response))
+        elif _glued(tokenizer, prompt, response, alone):
+            behind, apart = joint[len(alone) :], encode(tokenizer, response, add_special_tokens=False)
+            if behind != apart:
+                moved.append((prompt, response, tuple(behind), tuple(apart)))
     return RoundTrips(
         RoundTrip(len(whole), len(changed), changed[0] if changed else None),
-        Boundary(len(pairs), len(broken), broken[0] if broken else None) if pairs else None,
+        Boundary(len(pairs), len(broken), broken[0] if broken else None, len(moved), moved[0] if moved else None)
+        if pairs
+        else None,
     )
+
+
+def _glued(tokenizer: Any, prompt: str, response: str, ids: list[int]) -> bool:
+    """Whether a word of the response stands right behind the prompt's last mark.
+
+    Behind a space, a new line or a token that was added for a format, every text begins like that and nothing is lost.
+    """
+    if not prompt or not response or prompt[-1].isspace() or not response[0].isalnum() or not ids:
+        return False
+    added: Any = getattr(tokenizer, "get_added_vocab", dict)
+    return ids[-1] not in {*(getattr(tokenizer, "all_special_ids", None) or ()), *added().values()}
 
 
 @fact(Stage.PROBE)

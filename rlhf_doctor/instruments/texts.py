@@ -7,8 +7,12 @@ from typing import Any
 
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Role
+from rlhf_doctor.instruments.files import read_object
 
 __all__ = ["live_tokenizer"]
+
+# Classes that do just what tokenizer.json says.
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def live_tokenizer(setup: Any, role: Role = "policy") -> Any:
@@ -32,12 +36,24 @@ def live_tokenizer(setup: Any, role: Role = "policy") -> Any:
             (Path(folder) / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")
         ):
             continue
-        from transformers import AutoTokenizer
-
         try:
-            return AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=setup.trust_remote_code
-            )
+            return _loaded(Path(folder), setup.trust_remote_code)
         except (OSError, ValueError, ImportError) as error:
             raise Unavailable(f"the tokenizer in {folder} cannot be loaded: {error}") from error
     raise Unavailable("needs a tokenizer")
+
+
+def _loaded(folder: Path, trust_remote_code: bool) -> Any:
+    """The tokenizer of the class that its own files name.
+
+    ``AutoTokenizer`` goes by the model's type where the files name the generic class, and may then put another
+    pre-tokenizer in the place of the one in tokenizer.json.
+    """
+    import transformers
+
+    named = read_object(folder / "tokenizer_config.json", {"tokenizer_class": (str,)}, []).get("tokenizer_class")
+    if named in GENERIC and (folder / "tokenizer.json").exists():
+        return transformers.PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(
+        str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+    )

@@ -12,6 +12,7 @@ from rlhf_doctor.instruments.bos_effect import BosEffect
 from rlhf_doctor.instruments.chat import turns_of
 from rlhf_doctor.instruments.prompts import Prompts
 from rlhf_doctor.instruments.readings import Manifest, TokenizerInfo
+from rlhf_doctor.instruments.round_trips import Pair
 from rlhf_doctor.instruments.stops import generation_stops, ids_in
 from rlhf_doctor.instruments.vocabularies import feeding_tokenizer
 
@@ -21,13 +22,18 @@ COSTLY = 0.5
 
 @check("TOK004", "prompts begin with one BOS and do not end in EOS", stage=Stage.PROBE, severity=Severity.WARNING)
 def double_or_missing_bos(
-    setup: Any, prompts: Prompts, manifest: Mapping[Role, Manifest], policy_bos_effect: BosEffect | None = None
+    setup: Any,
+    manifest: Mapping[Role, Manifest],
+    prompts: Prompts | None = None,
+    encoded_pairs: tuple[Pair, ...] | None = None,
+    policy_bos_effect: BosEffect | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
         The prompts as they reach the policy: encoded by the setup's tokenizer, or as the ids that are given. How many
         start with two BOS, how many end in EOS, how many given as ids lack the BOS that the tokenizer puts before a
-        text. Where no BOS is there, the policy's likelihood of the same tokens is measured with one in front.
+        text. Where no BOS is there, the policy's likelihood of the same tokens is measured with one in front. And how
+        many preference pairs start with two BOS as the reward's tokenizer encodes them, or the one in its folder.
 
     Why it matters:
         A chat template that writes <s> and a tokenizer that adds one make two, in some stages and not in others. A
@@ -48,6 +54,17 @@ def double_or_missing_bos(
         end in EOS; right for encoder-decoder models, which are left out). Half a nat a token is five times what a
         model that does without a BOS gains by one.
     """
+    if prompts is None and encoded_pairs is None:
+        raise Unavailable("needs prompts or preferences")
+    found = list(_of_prompts(setup, manifest, prompts, policy_bos_effect)) if prompts is not None else []
+    yield from found
+    if encoded_pairs and not found:
+        yield from _of_pairs(setup, manifest, encoded_pairs)
+
+
+def _of_prompts(
+    setup: Any, manifest: Mapping[Role, Manifest], prompts: Prompts, policy_bos_effect: BosEffect | None
+) -> Iterator[Finding]:
     policy = manifest.get("policy")
     info = feeding_tokenizer(setup, manifest)
     bos = info.bos_id if info else policy.config.get("bos_token_id") if policy else None
@@ -88,6 +105,27 @@ def double_or_missing_bos(
         )  # fmt: skip
 
 
+def _of_pairs(setup: Any, manifest: Mapping[Role, Manifest], pairs: tuple[Pair, ...]) -> Iterator[Finding]:
+    """The texts that the reward model reads: with the tokenizer that feeds it, else with the one in its own folder."""
+    fed = feeding_tokenizer(setup, manifest, "reward")
+    bos = fed.bos_id if fed else None
+    doubled = [p.chosen for p in pairs if bos is not None and p.chosen[:2] == (bos, bos)]
+    where, how = "preferences", "the tokenizer"
+    own = manifest["reward"].tokenizer if "reward" in manifest else None
+    if not doubled and own is not None and own.bos and own.bos_id is not None and own.adds_bos:
+        starting = [p for p, *_ in list(setup.preferences)[: len(pairs)] if str(p).lstrip().startswith(own.bos)]
+        doubled = [(own.bos_id, own.bos_id)] * len(starting)
+        where, how = f"preferences, by {own.where}", "the tokenizer in the reward model's folder"
+    if doubled:
+        yield _finding(
+            f"{len(doubled)} of {len(pairs)} preference texts start with two BOS as the reward model reads them: they "
+            f"are written with one and {how} adds another, so its scores are of other ids than in PPO. Encode rendered "
+            "texts with add_special_tokens=False.",
+            Evidence("ids at the start of a text", f"one {doubled[0][0]}", _shown(doubled[0][:4]), where=where),
+            role="reward",
+        )
+
+
 def _turn_ends(info: TokenizerInfo | None, prompts: Prompts) -> bool:
     """Whether the prompts end a turn of the chat template, which lacks its generation prompt then: TOK006 says so."""
     turns = turns_of(info) if info else None
@@ -99,8 +137,10 @@ def _shown(ids: tuple[int, ...]) -> str:
     return " ".join(map(str, ids))
 
 
-def _finding(message: str, evidence: Evidence, confidence: Confidence = Confidence.PROVEN) -> Finding:
-    return Finding(message, role="tokenizer", confidence=confidence, evidence=(evidence,))
+def _finding(
+    message: str, evidence: Evidence, confidence: Confidence = Confidence.PROVEN, role: Role = "tokenizer"
+) -> Finding:
+    return Finding(message, role=role, confidence=confidence, evidence=(evidence,))
 
 
 @double_or_missing_bos.fault("a template writes the BOS and the tokenizer adds it")
@@ -115,6 +155,12 @@ def _(healthy: Any) -> Any:
     return healthy.but(
         prompts=[f"{p} {healthy.tokenizer.eos_token}" for p in healthy.prompts], declared={"prompt_length": 32}
     )
+
+
+@double_or_missing_bos.fault("pairs whose texts hold the BOS that the reward's tokenizer adds")
+def _(healthy: Any) -> Any:
+    bos = healthy.tokenizer.bos_token
+    return healthy.but(preferences=[(f"{bos} {p}", c, r) for p, c, r in healthy.preferences], step=None)
 
 
 @double_or_missing_bos.fault("prompts given as ids without their BOS")

@@ -21,8 +21,9 @@ def retokenisation_drift(setup: Any, manifest: Mapping[Role, Manifest], round_tr
     """
     What it examines:
         Prompts and preferred responses: whether their ids, decoded and encoded again, are the same; and whether a
-        prompt has the same ids inside prompt + response as alone. And what a chat template writes behind the token
-        that ends an assistant's turn, which sampled ids do not have.
+        prompt has the same ids inside prompt + response as alone, and a response that is glued to its prompt's last
+        mark ("Answer:yes") the same ids there as alone. And what a chat template writes behind the token that ends an
+        assistant's turn, which sampled ids do not have.
 
     Why it matters:
         Loops work on ids, reward training on texts. Where the way from one to the other changes ids, log-probabilities
@@ -67,6 +68,20 @@ def retokenisation_drift(setup: Any, manifest: Mapping[Role, Manifest], round_tr
                 "ids of the prompt inside prompt + response",
                 "as alone",
                 "others",
+                tolerance=f"{SHARE:.0%} of pairs",
+                where=f"{prompt[-20:]!r} + {response[:20]!r}",
+            ),
+        )
+    if boundary and boundary.first_moved and boundary.moved >= SHARE * boundary.pairs:
+        prompt, response, behind, alone = boundary.first_moved
+        yield _finding(
+            f"In {boundary.moved} of {boundary.pairs} pairs the response begins with other ids behind its prompt, as "
+            "in reward training, than alone, as a word that is sampled: nothing stands between the two. Put the space "
+            "there that the policy samples.",
+            Evidence(
+                "ids of the response",
+                f"{_shown(alone[:4])} as alone",
+                f"{_shown(behind[:4])} behind its prompt",
                 tolerance=f"{SHARE:.0%} of pairs",
                 where=f"{prompt[-20:]!r} + {response[:20]!r}",
             ),

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
+from rlhf_doctor.instruments.chat import turns_of
 from rlhf_doctor.instruments.prompts import Prompts
-from rlhf_doctor.instruments.readings import Manifest
+from rlhf_doctor.instruments.readings import Manifest, TokenizerInfo
 from rlhf_doctor.instruments.round_trips import Pair
 from rlhf_doctor.instruments.vocabularies import feeding_tokenizer
 
@@ -27,9 +28,10 @@ def truncation_cuts_template_or_response(
     """
     What it examines:
         Prompts as texts against the declared prompt_length, and what the tokenizer's truncation side would cut from
-        the long ones. Prompts as ids: whether the longest rows lack the first token that all others share. Preference
-        pairs at the limit of the reward's tokenizer or positions: how many lose their response, or become the same
-        two sequences.
+        the long ones. Prompts as ids: whether the longest rows lack the first token that all others share, or the last
+        ones: the template's generation prompt, or two tokens and more without a template. Preference
+        pairs at the limit of the reward's tokenizer or positions: how many lose their response, or become the same two
+        sequences.
 
     Why it matters:
         Cut on the left, a prompt loses its BOS, system turn and template; cut on the right, the end of the question
@@ -57,6 +59,7 @@ def truncation_cuts_template_or_response(
             yield from _too_long(prompts, limit, info.truncation_side if info else None)
         if not prompts.texts:
             yield from _cut_already(prompts)
+            yield from _end_cut_already(prompts, _generation_prompt(info))
     if encoded_pairs is not None:
         yield from _pairs(manifest, encoded_pairs)
 
@@ -100,6 +103,44 @@ def _cut_already(prompts: Prompts) -> Iterator[Finding]:
                 Evidence("first id of a prompt of full width", str(head), str(cut[0][0]), where="prompts['input_ids']"),
             ),
         )
+
+
+def _generation_prompt(info: TokenizerInfo | None) -> str:
+    turns = turns_of(info) if info else None
+    return turns.ask.strip() if turns else ""
+
+
+def _end_cut_already(prompts: Prompts, ask: str) -> Iterator[Finding]:
+    """Rows of the largest width that lack the last tokens of every shorter row."""
+    width = prompts.longest
+    full, shorter = ([r for r in prompts.rows if r and (len(r) == width) is whole] for whole in (True, False))
+    tail = _common_end(shorter)
+    cut = [row for row in full if row[-len(tail) :] != tail] if tail else []
+    if len(shorter) < 3 or not cut or len(tail) < (1 if ask else 2) or len(set(shorter)) < 3:
+        return
+    what = f"the generation prompt {ask!r}" if ask else "what their format ends in"
+    yield Finding(
+        f"{len(cut)} prompts of the full width of {width} tokens lack the end that every shorter one has, {what}: it "
+        "was cut off on the right, and the policy goes on with the question. Filter long prompts instead of cutting "
+        "them.",
+        role="tokenizer",
+        confidence=Confidence.MEASURED,
+        evidence=(
+            Evidence(
+                "last ids of a prompt of full width",
+                " ".join(map(str, tail[-4:])),
+                " ".join(map(str, cut[0][-len(tail) :][-4:])),
+                where="prompts['input_ids']",
+            ),
+        ),
+    )
+
+
+def _common_end(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The last tokens that all rows share, without whatever a whole row is."""
+    most = min((len(row) for row in rows), default=1) - 1
+    same = next((n for n in range(most) if len({row[-1 - n] for row in rows}) > 1), max(most, 0))
+    return rows[0][len(rows[0]) - same :] if rows and same else ()
 
 
 def _pairs(manifest: Mapping[Role, Manifest], pairs: tuple[Pair, ...]) -> Iterator[Finding]:
