@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from rlhf_doctor.facts import Unavailable, role_fact
 from rlhf_doctor.finding import Role, Stage
 from rlhf_doctor.instruments.fingerprint import cosine
-from rlhf_doctor.instruments.readings import Manifest
+from rlhf_doctor.instruments.headers import read_checkpoint
+from rlhf_doctor.instruments.readings import Manifest, TensorInfo
 
 if TYPE_CHECKING:
+    import torch
+
     from rlhf_doctor.instruments.models import Models
 
 __all__ = ["StoredHead", "stored_head"]
@@ -40,8 +44,11 @@ class StoredHead:
 def stored_head(role: Role, models: Models, manifest: Manifest) -> StoredHead:
     """Compare the head and four matrices of the body with the safetensors of the model's own ``name_or_path``.
 
+    A wrapper may have other names for both: matrices are matched by the longest end of their names, and the head with
+    the one scalar head of the folder.
+
     Raises:
-        Unavailable: the model names no folder with safetensors, or these hold no head of the same name.
+        Unavailable: the model names no folder with safetensors, or these hold no such head or body.
     """
     live = models.get(role)
     named = getattr(getattr(live.module, "config", None), "_name_or_path", None)
@@ -50,16 +57,35 @@ def stored_head(role: Role, models: Models, manifest: Manifest) -> StoredHead:
     if live.loaded_here or folder is None or not folder.is_dir() or head is None:
         raise Unavailable("needs a model in memory that names the folder it was loaded from")
     parameters = dict(live.module.named_parameters())
+    held = read_checkpoint(role, folder)
+    theirs = held.head("scalar")
+    if theirs is None or head.name not in parameters or held.tensors[theirs.name].shape != parameters[head.name].shape:
+        raise Unavailable("the folder that the model came from holds no head of the same shape")
     body = [n for n, p in parameters.items() if p.dim() == 2 and n != head.name and not p.is_meta]
-    body = body[:: max(len(body) // 4, 1)][:4]
-    stored = _read(folder, [head.name, *body])
-    if head.name not in stored or not set(body) & set(stored) or head.name not in parameters:
-        raise Unavailable("the folder that the model came from holds no head of the same name")
-    cosines = {}
-    for name, entries in stored.items():
-        flat = parameters[name].detach().reshape(-1)
-        cosines[name] = cosine(tuple(flat[:ENTRIES].double().tolist()), entries) if flat.numel() else 1.0
-    return StoredHead(str(folder), head.name, cosines[head.name], min(v for n, v in cosines.items() if n != head.name))
+    place = {n: found for n in body[:: max(len(body) // 4, 1)][:4] if (found := _place(n, parameters[n], held.tensors))}
+    stored = _read(folder, [theirs.name, *place.values()])
+    if theirs.name not in stored or not place.keys() or not set(place.values()) & set(stored):
+        raise Unavailable("the folder that the model came from holds nothing of it that can be compared")
+    pairs = {n: stored[at] for n, at in {head.name: theirs.name, **place}.items() if at in stored}
+    cosines = {n: cosine(_entries(parameters[n]), entries) for n, entries in pairs.items()}
+    return StoredHead(
+        str(folder), theirs.name, cosines[head.name], min(v for n, v in cosines.items() if n != head.name)
+    )
+
+
+def _place(name: str, parameter: torch.Tensor, tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The tensor of the same shape whose name ends as this one does; the name itself, or its three last parts."""
+    parts = name.split(".")
+    for start in range(max(len(parts) - 2, 1)):
+        ending = ".".join(parts[start:])
+        found = [n for n, t in tensors.items() if f".{n}".endswith(f".{ending}") and t.shape == tuple(parameter.shape)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def _entries(parameter: torch.Tensor) -> tuple[float, ...]:
+    return tuple(parameter.detach().reshape(-1)[:ENTRIES].double().tolist())
 
 
 def _read(folder: Path, names: list[str]) -> dict[str, tuple[float, ...]]:

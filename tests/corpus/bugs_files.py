@@ -36,8 +36,8 @@ def folder_of(setup: RLHFSetup, role: str) -> str:
 
 
 def without_head(tensors: Tensors) -> Tensors:
-    """All but the score's weights."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("score")}
+    """All but the weights of the scalar head, which some classes call classifier."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(("score", "classifier"))}
 
 
 def own_critic(made: dict[str, Any], folder: Path, family: str = "qwen2") -> dict[str, Any]:
