@@ -148,6 +148,7 @@ def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Dr
     end = run.boundaries[0] if run.boundaries else float("inf")
     calls = [c for c in run.calls if c.order <= end]
     episodes = chains(calls)
+    special = special.and_stops(row for chain in episodes for row in chain.drawn)
     width = max((int(c.at_columns.shape[1]) for c in calls if c.at_columns is not None), default=0)
     shape = (*table.tokens.shape, width)
     made = Draws(
@@ -160,6 +161,7 @@ def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Dr
         for b in range(len(chain.drawn)):
             _match(made, chain, b, offset, table, special)
         offset += len(chain.drawn)
+    made.strange += _last_altered(made, episodes, table, special)
     _passes(made, calls, episodes, table, special, held)
     return made
 
@@ -251,6 +253,34 @@ def _strange(calls: Sequence[Call], episodes: Sequence[Chain], special: Special)
             matched.add(text)
             found.append(Strange(prompt, said, rest))
     return found
+
+
+def _last_altered(made: Draws, episodes: Sequence[Chain], table: Table, special: Special) -> list[Strange]:
+    """Responses that reached the limit and end in another token than was drawn, which no model was given in sampling.
+
+    Neither the texts nor the gradients know the drawn one. Draws count where all of a row's before it were given.
+    """
+    whole = [_drawn_tokens(chain, b, special) for chain in episodes for b in range(len(chain.drawn))]
+    known = {(made.contexts[s], whole[r]) for s, r in enumerate(made.row.tolist()) if r >= 0}
+    found = []
+    for s, r in enumerate(made.row.tolist()):
+        drawn, sample = whole[r] if r >= 0 else None, table.samples[s]
+        if drawn is None or len(sample.response) != len(drawn) or sample.response[:-1] != drawn[:-1]:
+            continue
+        trained = table["action"][s, len(drawn) - 1]
+        if trained != drawn[-1] and (made.contexts[s], sample.response) not in known:
+            found.append(Strange(sample.prompt, drawn, sample.response))
+    return found
+
+
+def _drawn_tokens(chain: Chain, b: int, special: Special) -> tuple[int, ...] | None:
+    """All that a row was seen to draw, by the draws themselves; None where it ended early or they tell otherwise."""
+    calls = [*chain.calls, chain.last] if chain.last.drew is not None else chain.calls
+    drew = [int(call.drew[b]) if call.drew is not None and len(call.drew) > b else -1 for call in calls]
+    fed = chain.drawn[b].tolist()[: len(drew) - 1]
+    if -1 in drew or drew[:-1] != fed or special.eos & set(fed):
+        return None
+    return tuple(drew)
 
 
 def _joints(text: Sequence[int], prompt: Sequence[int]) -> list[int]:

@@ -120,52 +120,60 @@ class Repeats:
 
 
 def repeats_within(step: Drawn) -> Repeats:
-    """Each response against the last one before it to the same prompt."""
+    """Each response against those before it to the same prompt."""
     table = step.table
     order = sorted(range(len(table.samples)), key=lambda s: (step.draws.row[s] < 0, step.draws.row[s], s))
-    last: dict[tuple[int, ...], int] = {}
-    pairs = []
+    before: dict[tuple[int, ...], list[int]] = {}
+    groups = []
     for s in order:
-        prompt = table.samples[s].prompt
-        if prompt in last:
-            pairs.append((last[prompt], s))
-        last[prompt] = s
-    return _repeats(table, table, pairs, step)
+        others = before.setdefault(table.samples[s].prompt, [])
+        groups.append((s, tuple(others)))
+        others.append(s)
+    return _repeats(table, table, groups, step)
 
 
 def repeats_between(first: Drawn, second: Drawn) -> Repeats:
     """Each response of the second step against the one drawn in the same place of the batch in the first."""
     rows = {int(r): s for s, r in enumerate(first.draws.row) if r >= 0}
-    pairs = [(rows[int(r)], s) for s, r in enumerate(second.draws.row) if int(r) in rows]
+    pairs = [(s, (rows[int(r)],)) for s, r in enumerate(second.draws.row) if int(r) in rows]
     if not pairs:
-        pairs = [(s, s) for s in range(min(len(first.table.samples), len(second.table.samples)))]
+        pairs = [(s, (s,)) for s in range(min(len(first.table.samples), len(second.table.samples)))]
     return _repeats(first.table, second.table, pairs, second)
 
 
-def _repeats(a: Table, b: Table, pairs: Sequence[tuple[int, int]], step: Drawn) -> Repeats:
-    """Odds of token by token "a copy with probability ρ, else drawn" against "drawn"."""
-    logs = [0.0] * len(SHARES)
+def _repeats(a: Table, b: Table, groups: Sequence[tuple[int, tuple[int, ...]]], step: Drawn) -> Repeats:
+    """Odds of "each token a copy with probability ρ, else drawn" against "drawn".
+
+    ``groups`` are responses of ``b`` with those of ``a`` that they may copy, each as likely; the mean of odds is odds.
+    """
+    logs = np.zeros(len(SHARES))
     tokens, equal = 0, 0
     alike: list[tuple[int, tuple[int, int]]] = []
     logp = np.where(np.isfinite(step.draws.old_logp), step.draws.old_logp, step.draws.new_logp)
-    for i, j in pairs:
-        x, y = a.samples[i].response, b.samples[j].response
-        hits = 0
-        for t in range(min(len(x), len(y))):
-            if not np.isfinite(logp[j, t]):
-                continue
-            tokens += 1
-            p = math.exp(min(float(logp[j, t]), 0.0))
-            if x[t] != y[t]:
-                logs = [total + math.log1p(-share) for total, share in zip(logs, SHARES, strict=True)]
-                continue
-            hits += 1
-            logs = [total + math.log1p(share * (1 - p) / p) for total, share in zip(logs, SHARES, strict=True)]
-        equal += hits
+    for j, others in groups:
+        compared = [(i, *_copied(a.samples[i].response, b.samples[j].response, logp[j])) for i in others]
+        if not compared:
+            continue
+        logs += np.logaddexp.reduce([odds for _, odds, _, _ in compared]) - math.log(len(compared))
+        i, _, hits, count = max(compared, key=lambda one: (one[2], one[0]))
+        tokens, equal = tokens + count, equal + hits
         alike.append((hits, (i, j)))
     alike.sort(reverse=True)
     odds = float(np.logaddexp.reduce(logs)) - math.log(len(logs))
     return Repeats(odds, tokens, equal, tuple(pair for hits, pair in alike[:3] if hits))
+
+
+def _copied(x: Sequence[int], y: Sequence[int], logp: Floats) -> tuple[Floats, int, int]:
+    """(for each share, log odds that y copies x, equal tokens, compared tokens)."""
+    logs, hits, count = np.zeros(len(SHARES)), 0, 0
+    for t in range(min(len(x), len(y))):
+        if not np.isfinite(logp[t]):
+            continue
+        count += 1
+        p = math.exp(min(float(logp[t]), 0.0))
+        hits += x[t] == y[t]
+        logs += [math.log1p(share * (1 - p) / p) if x[t] == y[t] else math.log1p(-share) for share in SHARES]
+    return logs, hits, count
 
 
 def cut_odds(drawing: Drawing) -> tuple[float, float] | None:

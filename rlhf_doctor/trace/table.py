@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Placed", "Sample", "Special", "Table", "tabulate"]
 
 NEXT = CANDIDATES.index(1)
+RUN = 2  # pads in a row after which a response has surely ended; one may have been drawn
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,24 @@ class Special:
         if pad is None:
             pad = getattr(getattr(policy, "config", None), "pad_token_id", None)
         return cls(pad if isinstance(pad, int) else None, frozenset(eos))
+
+    def and_stops(self, drawn: Iterable[Sequence[int]]) -> Special:
+        """With the words that sampling was seen to stop at: nothing but padding ever follows them.
+
+        Where padding is drawn like other tokens, nothing can be told.
+        """
+        ends, goes_on = set[int](), set[int]()
+        for row in drawn:
+            tokens = [int(t) for t in row if t >= 0]
+            last = len(tokens)
+            while last and tokens[last - 1] == self.pad:
+                last -= 1
+            if len(tokens) - last >= RUN and last:
+                ends.add(tokens[last - 1])
+            goes_on |= set(tokens[: max(last - 1, 0)])
+        if self.pad is None or self.pad in self.eos or self.pad in goes_on:
+            return self
+        return Special(self.pad, self.eos | (ends - goes_on))
 
 
 @dataclass
@@ -373,6 +392,7 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     kept = {id(c.source) for c in rest if c.role == "policy"}
     sampling = {id(c.source) for episode in episodes for c in episode} - kept
     rest = [c for c in rest if id(c.source) not in sampling]  # a second head of the sampling model
+    special = special.and_stops(row for episode in episodes for row in _fed([c.ids.cpu().numpy() for c in episode]))
     if samples is None:
         samples = [s for episode in episodes for s in generated(episode, special)]
         if not samples:

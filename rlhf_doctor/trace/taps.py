@@ -37,6 +37,8 @@ MOVES = frozenset(
      "squeeze", "unsqueeze", "narrow", "select", "split", "chunk", "cat", "expand", "masked_select", "index_put",
      "scatter", "where", "type_as", "expand_as", "view_as", "cpu", "cuda", "movedim", "swapaxes", "t", "unbind"}
 )  # fmt: skip
+DRAWS = frozenset({torch.multinomial, torch.Tensor.multinomial, torch.searchsorted})  # the last: of cumulated odds
+PEAKS = frozenset({torch.argmax, torch.Tensor.argmax})  # of noisy or greedy scores
 PROJECTIONS = frozenset(
     {
         torch.nn.functional.linear,
@@ -97,6 +99,7 @@ class Call:
     foreign: Role | None = None  # the head was given this other role's hidden states, bit for bit
     weights: Tensor | None = None  # a few numbers of the role's parameters at the time, to see who has been updated
     backwards: int = 0
+    drew: Tensor | None = None  # (B,) what was drawn from its last rows, where a draw was seen
     handle: Any = None
 
     @property
@@ -174,6 +177,7 @@ class Recorder(TorchFunctionMode):
         self.known_optimizers = tuple(known_optimizers)
         self.trained = trained
         self.gradients: list[tuple[int, dict[Role, Tensor]]] = []  # (order, role -> norms at a few parameters)
+        self.around: list[tuple[Role, bool, Tensor]] = []  # (role, after a step, a few numbers of its parameters)
         self.calls: list[Call] = []
         self.texts: list[ScoredTexts] = []
         self.steps: list[tuple[int, Any, frozenset[Role]]] = []  # (order, optimizer, roles it steps)
@@ -260,6 +264,8 @@ class Recorder(TorchFunctionMode):
                 return self._head_called(roles, given, result)
         if func in LOOKUPS:
             self._looked_up((*args, *(kwargs or {}).values()), result)
+        if func in DRAWS or func in PEAKS:
+            self._drew(args[0] if args else None, result, func in DRAWS)
         if self._lookups and type(result) is Tensor:
             shape = result.shape
             if (
@@ -272,6 +278,15 @@ class Recorder(TorchFunctionMode):
                     if shape[:-1].numel() == lookup.ids.numel():
                         lookup.hidden = result
         return result
+
+    def _drew(self, given: Any, result: Any, surely: bool) -> None:
+        """Keep one token a row, drawn from something as wide as the vocabulary after the policy's last call."""
+        call = next((c for c in reversed(self.calls[-3:]) if c.role == "policy"), None)
+        if call is None or call.with_grad or not isinstance(given, Tensor) or not isinstance(result, Tensor):
+            return
+        wide = given.is_floating_point() and given.dim() and given.shape[-1] == call.size
+        if wide and result.numel() == len(call.ids) and (surely or call.drew is None):
+            call.drew = result.detach().reshape(-1).clone()
 
     def _owned(self, table: Mapping[int, set[Role]], values: Sequence[Any]) -> set[Role] | None:
         for value in values:
@@ -523,9 +538,20 @@ class Recorder(TorchFunctionMode):
         owned = [self._owners.get(id(p), set()) for group in optimizer.param_groups for p in group["params"]]
         self.order += 1
         self.steps.append((self.order, optimizer, frozenset[Role]().union(*owned)))
+        self.note_weights(self.steps[-1][2], after=False)
         self.note_gradients()
         if self.last_window is not None and self._complete(self.last_window):
             raise Enough
+
+    def note_weights(self, roles: frozenset[Role], *, after: bool) -> None:
+        """Keep a few numbers of these roles' parameters, their scalar heads among them, before or after a step."""
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            for role in sorted(roles):
+                heads = [p for p in self._kept if p.requires_grad and role in self._heads.get(id(p), ())]
+                marks = {id(p): p for p in (*self._marks.get(role, ()), *heads)}
+                if marks:
+                    few = [p.detach().reshape(-1)[:2].float().cpu() for p in marks.values()]
+                    self.around.append((role, after, torch.stack([torch.cat([x, x])[:2] for x in few])))
 
     def note_gradients(self) -> None:
         """Keep the gradients' norms at a few parameters of every role, NaN where there is none."""
@@ -847,18 +873,26 @@ def _eager() -> Iterator[None]:
 @contextmanager
 def _optimizers_tapped(recorder: Recorder) -> Iterator[None]:
     """See every step of torch's optimizers; where steps are held, the call returns without one."""
-    from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+    from torch.optim.optimizer import (
+        Optimizer,
+        register_optimizer_step_post_hook,
+        register_optimizer_step_pre_hook,
+    )
 
     if not recorder.hold:
 
         def before(optimizer: Any, args: Any, kwargs: Any) -> None:
             recorder.stepped(optimizer)
 
-        handle = register_optimizer_step_pre_hook(before)
+        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+            recorder.note_weights(recorder.steps[-1][2], after=True)
+
+        handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return
     patched: list[tuple[type, Any]] = []
 

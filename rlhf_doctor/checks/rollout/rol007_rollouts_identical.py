@@ -24,8 +24,8 @@ COPIED = 0.3  # of the scored rows; some loops fill up their last batch with row
 def rollouts_identical(drawing: Drawing) -> Iterator[Finding]:
     """
     What it examines:
-        Whether responses to one prompt within a step, and responses at one place of the batch in two steps in a row,
-        agree in more tokens than draws do. Every agreement is weighed with how likely the policy finds the token, so
+        Whether any two responses to one prompt within a step, and responses at one place of the batch in two steps in
+        a row, agree in more tokens than draws do. Every agreement is weighed with how likely the policy finds the token, so
         that a policy which is sure of itself is no alarm. The prompts of the two steps may differ: one seed for
         both steps still shows.
 

@@ -20,8 +20,9 @@ def generation_corrupts_ids(drawing: Drawing) -> Iterator[Finding]:
     """
     What it examines:
         The ids that the sampler was seen to draw for each prompt, beside the ids that the policy is trained on in their
-        place. They should be the same, up to and with the end of sequence. A text cut short before its end was
-        reached is no finding: loops stop at other words too.
+        place. They should be the same, up to and with the end of sequence. The last token of a response that reached
+        the limit goes into no model while sampling; it is seen where it is drawn, if by multinomial, argmax or
+        searchsorted. A text cut short before its end was reached is no finding: loops stop at other words too.
 
     Why it matters:
         The policy is rewarded and trained for tokens that it did not choose. An end of sequence that is overwritten or
