@@ -12,7 +12,7 @@ from rlhf_doctor.finding import Role, Stage
 from rlhf_doctor.instruments.manifest import tokenizer_of
 from rlhf_doctor.instruments.readings import Manifest, TokenizerInfo
 
-__all__ = ["Fed", "feeding_tokenizer", "vocabularies"]
+__all__ = ["Fed", "feeding_tokenizer", "vocabularies", "words_by_id"]
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,24 @@ def vocabularies(setup: Any, manifest: Mapping[Role, Manifest]) -> dict[Role, Fe
     return found
 
 
-def _given(setup: Any, role: Role, info: TokenizerInfo) -> Mapping[str, int]:
-    from rlhf_doctor.instruments.tokenizer_files import token_ids
+def words_by_id(live: Any, info: TokenizerInfo) -> Mapping[int, str]:
+    """Id -> token of a tokenizer in memory, else of the folder that ``info`` was read from."""
+    get: Any = getattr(live, "get_vocab", None)
+    return _by_id(get() if callable(get) else _of_folder(info))
 
+
+def _given(setup: Any, role: Role, info: TokenizerInfo) -> Mapping[str, int]:
     for live in (setup.reward_tokenizer if role == "reward" else None, setup.tokenizer):
         get: Any = getattr(live, "get_vocab", None)
         if callable(get) and type(live).__name__ == info.where:
             vocabulary: Mapping[str, int] = get()
             return vocabulary
+    return _of_folder(info)
+
+
+def _of_folder(info: TokenizerInfo) -> Mapping[str, int]:
+    from rlhf_doctor.instruments.tokenizer_files import token_ids
+
     return token_ids(Path(info.where))
 
 

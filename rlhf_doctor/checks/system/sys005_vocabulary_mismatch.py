@@ -9,18 +9,23 @@ from rlhf_doctor.check import check
 from rlhf_doctor.checks.roles_said import blamed, listed, spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.readings import Manifest
+from rlhf_doctor.instruments.scored_ids import ScoredIds
 from rlhf_doctor.instruments.vocabularies import Fed
 
 
 @check("SYS005", "every role is fed ids that its embedding knows", stage=Stage.STATIC, severity=Severity.ERROR)
 def vocabulary_mismatch(
-    setup: Any, manifest: Mapping[Role, Manifest], vocabularies: Mapping[Role, Fed]
+    setup: Any,
+    manifest: Mapping[Role, Manifest],
+    vocabularies: Mapping[Role, Fed],
+    scored_ids: ScoredIds | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
         The tokenizer whose ids each model gets (the policy's, or an own one of the reward model) against the rows of
         the model's embedding, and against the tokenizer in the model's own folder, token by token. More rows than
-        tokens is usual padding. Special tokens that were only renamed, or added at the end, are sound.
+        tokens is usual padding. Special tokens that were only renamed, or added at the end, are sound. Where the reward
+        model has a tokenizer of its own and a step is given: whether the step gives it the policy's ids as they are.
 
     Why it matters:
         Loops hand the policy's token ids to reward and critic. With another vocabulary the same numbers are other
@@ -66,7 +71,7 @@ def vocabulary_mismatch(
             small[role] = (rows, fed.ids_of.size)
     if small:
         yield _too_small(manifest, small)
-    yield from _reward_tokenizer(setup, manifest, vocabularies)
+    yield from _reward_tokenizer(setup, manifest, vocabularies, scored_ids)
 
 
 def _too_small(manifest: Mapping[Role, Manifest], small: Mapping[Role, tuple[int, int]]) -> Finding:
@@ -92,7 +97,7 @@ def _advice(role: Role) -> str:
 
 
 def _reward_tokenizer(
-    setup: Any, manifest: Mapping[Role, Manifest], vocabularies: Mapping[Role, Fed]
+    setup: Any, manifest: Mapping[Role, Manifest], vocabularies: Mapping[Role, Fed], scored_ids: ScoredIds | None
 ) -> Iterator[Finding]:
     """A reward model with a tokenizer of its own: sound for itself, never for a critic that was started from it."""
     reward, policy = vocabularies.get("reward"), vocabularies.get("policy")
@@ -103,14 +108,17 @@ def _reward_tokenizer(
     evidence = (
         Evidence("fingerprint of the tokenizer", policy.ids_of.fingerprint, reward.ids_of.fingerprint, where="reward"),
     )
-    yield Finding(
-        "The reward model has another tokenizer than the policy. That is sound as long as responses are decoded and "
-        "encoded again before they are scored.",
-        role="reward",
-        severity=Severity.INFO,
-        confidence=Confidence.PROVEN,
-        evidence=evidence,
-    )
+    if scored_ids is not None and scored_ids.other:
+        yield _not_encoded_again(scored_ids)
+    else:
+        yield Finding(
+            "The reward model has another tokenizer than the policy. That is sound as long as responses are decoded "
+            "and encoded again before they are scored.",
+            role="reward",
+            severity=Severity.INFO,
+            confidence=Confidence.PROVEN,
+            evidence=evidence,
+        )
     if setup.value is not None and _has_rewards_rows(manifest):
         yield Finding(
             "The critic was started from the reward model, which has another tokenizer than the policy. A critic "
@@ -119,6 +127,20 @@ def _reward_tokenizer(
             confidence=Confidence.PROVEN,
             evidence=evidence,
         )
+
+
+def _not_encoded_again(scored: ScoredIds) -> Finding:
+    share = f"{scored.other} of {scored.tokens} tokens"
+    return Finding(
+        "The step gives the policy's ids to a reward model that has a tokenizer of its own, without decoding them and "
+        f"encoding the text again: {share} are another word to it. Encode the texts with the reward model's tokenizer.",
+        role="reward",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence("tokens that are another word to the reward model", "0", share, where="the samples of a step"),
+            *(Evidence(f"id {number}", repr(ours), repr(its)) for number, ours, its in scored.examples),
+        ),
+    )
 
 
 def _has_rewards_rows(manifest: Mapping[Role, Manifest]) -> bool:
