@@ -75,3 +75,11 @@ def test_command_runs_the_selected_checks_alone(doctor: Any) -> None:
     count = len(registry()["VAL002"].faults)
     assert f"VAL002  {count}/{count} faults found" in ran.stdout
     assert "KLD001" not in ran.stdout
+
+
+@pytest.mark.slow
+def test_several_processes_try_the_same() -> None:
+    titles = [fault.title for fault in registry()["VAL002"].faults]
+    trials = selftest.run(("VAL002",), workers=2)
+    assert [trial.title for trial in trials] == ["healthy, in memory", "healthy, as files", *titles]
+    assert [trial.said for trial in trials] == [""] * len(trials)

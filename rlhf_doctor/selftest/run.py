@@ -1,18 +1,20 @@
-"""Run every fault that the checks ship with, and their healthy twins, in this process."""
+"""Run every fault that the checks ship with, and their healthy twins, in as many processes as there are cores."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 from rlhf_doctor.check import Check, Fault, registry
@@ -20,7 +22,7 @@ from rlhf_doctor.examine import Examination, Options, examine
 from rlhf_doctor.finding import MODEL_ROLES, Confidence, Errored, Found, Severity, Skipped
 from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["Patients", "Trial", "fault_trials", "healthy_trials", "run", "summary", "try_fault", "try_healthy"]
+__all__ = ["Patients", "Trial", "healthy_trials", "run", "summary", "try_fault", "try_healthy"]
 
 Progress = Callable[[str], None]
 GRAVE = (Severity.ERROR, Severity.WARNING)
@@ -99,26 +101,68 @@ def patients() -> Iterator[Patients]:
         yield Patients(Path(folder))
 
 
-def run(codes: Sequence[str] = (), progress: Progress = lambda _: None) -> list[Trial]:
+def run(codes: Sequence[str] = (), progress: Progress = lambda _: None, workers: int | None = None) -> list[Trial]:
     """Try the faults of these checks or families, of all where none is named, and the healthy setups.
+
+    Args:
+        codes: of checks, or names of families.
+        progress: is told what is tried.
+        workers: processes; as many as there are cores where there is much to do.
 
     Raises:
         KeyError: a name is neither a code nor a family.
     """
     checks = registry()
     chosen = [c for c in checks.values() if not codes or {c.code, c.family, c.code[:3]} & set(codes)]
-    progress("building the healthy setup")
-    with ExitStack() as stack:
-        stack.enter_context(quiet_libraries())
-        shared = stack.enter_context(patients())
-        trials = []
-        for trial in (*healthy_trials(shared, codes), *fault_trials(shared, chosen)):
-            progress(trial.title)
-            trials.append(trial.run())
-            shared.drop_copies()
-        untouched = shared.fingerprint() == shared.digest
-    said = "" if untouched else "a fault or an examination changed the shared healthy setup"
-    return [*trials, Trial("", "the healthy setup is as it was", said, 0.0)]
+    jobs: list[Job] = [("", 0, tuple(codes)), ("", 1, tuple(codes))]
+    jobs += [(one.code, n, ()) for one in chosen for n in range(len(one.faults))]
+    if workers is None:
+        workers = min(os.cpu_count() or 1, len(jobs) // WORTH_A_PROCESS + 1)
+    with tempfile.TemporaryDirectory(prefix="rlhf-doctor-selftest-") as folder:
+        progress("building the healthy setup")
+        if workers == 1:
+            with quiet_libraries():
+                shared = Patients(Path(folder))
+                return [_told(_tried(job, shared), progress) for job in jobs]
+        pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin, initargs=(folder,))
+        with pool:
+            return [_told(trial, progress) for trial in pool.map(_tried_here, jobs)]
+
+
+WORTH_A_PROCESS = 25  # trials: as long as it takes to start one and train the healthy setup in it
+Job = tuple[str, int, tuple[str, ...]]  # (code, which of its faults; "" for a healthy setup, its codes)
+_HERE: list[Patients] = []
+
+
+def _begin(folder: str) -> None:
+    """Build the healthy setup of this process, on one thread: processes are as many as there are cores."""
+    import torch
+
+    torch.set_num_threads(1)
+    quiet_libraries().__enter__()
+    _HERE.append(Patients(Path(folder) / str(os.getpid())))
+
+
+def _tried_here(job: Job) -> Trial:
+    return _tried(job, _HERE[0])
+
+
+def _tried(job: Job, shared: Patients) -> Trial:
+    code, number, codes = job
+    if code:
+        one = registry()[code]
+        trial = try_fault(one, one.faults[number], shared)
+    else:
+        trial = healthy_trials(shared, codes)[number].run()
+    shared.drop_copies()
+    if shared.fingerprint() != shared.digest:
+        trial = Trial(trial.code, trial.title, "it changed the shared healthy setup", trial.seconds)
+    return trial
+
+
+def _told(trial: Trial, progress: Progress) -> Trial:
+    progress(f"{trial.code}: {trial.title}" if trial.code else trial.title)
+    return trial
 
 
 @dataclass(frozen=True)
@@ -138,15 +182,6 @@ def healthy_trials(shared: Patients, codes: Sequence[str] = ()) -> list[Planned]
             "healthy, as files",
             lambda: try_healthy("healthy, as files", shared.healthy_files.but(tokenizer=None), codes),
         ),
-    ]
-
-
-def fault_trials(shared: Patients, checks: Sequence[Check]) -> list[Planned]:
-    """Every fault of these checks."""
-    return [
-        Planned(f"{one.code}: {fault.title}", partial(try_fault, one, fault, shared))
-        for one in checks
-        for fault in one.faults
     ]
 
 
