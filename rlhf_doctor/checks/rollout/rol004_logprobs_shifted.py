@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.rollout.sampling import listed
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
@@ -25,7 +26,8 @@ def logprobs_shifted(traced: Traced) -> Iterator[Finding]:
     What it examines:
         Which token every trained state takes as its action: the vocabulary entry whose logit gets the gradient of a
         log-probability. It should be the token that was drawn in that state. And whether the weights of the tokens
-        are their own advantages, or those of the token before or after.
+        are their own advantages, or those of the token before or after; or carry, at single tokens and before any
+        update, the token's probability as a ratio, as an old log-probability of 0 makes it.
 
     Why it matters:
         A log-probability of another token teaches the policy to repeat its input, or other rows' answers. The loss
@@ -44,9 +46,11 @@ def logprobs_shifted(traced: Traced) -> Iterator[Finding]:
         https://github.com/modelscope/ms-swift/pull/8196 and https://github.com/vllm-project/vllm/pull/29216 (one off),
         https://github.com/modelscope/ms-swift/issues/3069 (other rows),
         https://github.com/PrimeIntellect-ai/verifiers/pull/2078 (filled with 0). A sample counts when most of its
-        trained tokens, and two at least, are off; in healthy loops none is.
+        trained tokens, and two at least, are off; in healthy loops none is. Filled tokens, three at least, have a
+        ratio within 1 % of their probability while most others have one within 1 % of 1.
     """
     from rlhf_doctor.trace import passes, rows
+    from rlhf_doctor.trace.filled import filled
 
     taken = passes.actions(traced.base)
     if taken is None:
@@ -83,6 +87,25 @@ def logprobs_shifted(traced: Traced) -> Iterator[Finding]:
                     f"{slots.own:.2g}; {slots.misfit:.2g} with those of the {there}",
                     f"{rows.MISFIT:g}",
                     f"{slots.tokens} tokens of the first minibatch",
+                ),
+            ),
+        )
+        return
+    gaps = filled(traced)
+    if gaps is not None:
+        yield Finding(
+            f"{gaps.tokens} tokens are trained as if their old log-probability were 0: before any update their ratio "
+            f"is their own probability, down to {gaps.ratio:.2g}. Take every old log-probability from the policy, and "
+            "leave tokens that have none out of the loss.",
+            role="loop",
+            confidence=Confidence.MEASURED,
+            evidence=(
+                Evidence(
+                    "ratio before the first update, by the tokens' weights",
+                    "1 at every token",
+                    f"the token's probability at {gaps.tokens} of {gaps.of} tokens",
+                    "1 %",
+                    listed(gaps.samples),
                 ),
             ),
         )
