@@ -10,9 +10,13 @@ from rlhf_doctor.check import check
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.on_samples import OnSamples
 from rlhf_doctor.instruments.readings import Manifest
+from rlhf_doctor.instruments.score_statistics import ScoreStatistics
 
-WIDE, NARROW = 10.0, 1e-3
+# Standard deviations of a model's scores, and of a function's, whose author chose the scale.
+WIDE, NARROW = 5.0, 1e-3
+WIDE_FUNCTION, NARROW_FUNCTION = 100.0, 1e-4
 FEWEST = 8
+DOES_NOTHING = "it would subtract 0 and divide by 1"
 SCALE_FREE = ("grpo", "dapo", "gspo")
 
 
@@ -24,15 +28,19 @@ SCALE_FREE = ("grpo", "dapo", "gspo")
     after=("REW003", "REW006", "PRE004"),
 )
 def reward_scale(
-    reward_manifest: Manifest, setup: Any, reward_on_samples: OnSamples | None = None
+    reward_manifest: Manifest,
+    setup: Any,
+    reward_on_samples: OnSamples | None = None,
+    reward_score_statistics: ScoreStatistics | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
         The scores of responses sampled from the policy before any update: their standard deviation, the share that a
         declared ``reward_clip`` would cut, and their mean. And whether a normalisation that is switched on can act: in
-        the reward's config ``normalize_reward`` with mean 0 and std 1 changes nothing, and with a reward function in
-        place of the model it is never reached. A mean far from 0 alone is normal, the pairwise loss leaves it free, and
-        is info. So is any scale where the algorithm divides by the group's spread or the loop whitens rewards.
+        the reward's config, or in the module itself, ``normalize_reward`` with mean 0 and std 1 changes nothing, and
+        with a reward function in place of the model it is never reached. A mean far from 0 alone is normal, the
+        pairwise loss leaves it free, and is info. So is any scale where the algorithm divides by the group's spread or
+        the loop whitens rewards.
 
     Why it matters:
         Clip ranges, the KL coefficient and the value loss were tuned for scores of about mean 0 and standard deviation
@@ -54,15 +62,17 @@ def reward_scale(
         on samples of the reference); https://github.com/huggingface/trl/issues/860 (scores of 60 to 70, and of 1e-4),
         https://github.com/OpenRLHF/OpenRLHF/issues/693 and https://github.com/OpenRLHF/OpenRLHF/issues/822
         (normalisation without effect), https://github.com/PKU-Alignment/safe-rlhf/issues/133 (offset). The limits are
-        wide on purpose: above 10 a single deviation passes the usual reward clips of 5 and 10; below 0.001 it is less
-        than the penalty that the usual coefficient of 0.05 puts on a KL of 0.02 nats.
+        wide on purpose, the recipe itself asks for 0.3 to 3: above 5 a single deviation passes the usual reward clip of
+        5 and weighs as much as 100 nats of KL at the usual coefficient of 0.05; below 0.001 it is less than what that
+        coefficient makes of 0.02 nats.
     """
-    yield from _normalisation(reward_manifest, setup, reward_on_samples)
+    inert = [*_normalisation(reward_manifest, setup, reward_on_samples, reward_score_statistics)]
+    yield from inert
     s = reward_on_samples
-    if s is None or len(s.numbers) < FEWEST or not all(isfinite(n) for n in s.numbers) or s.std == 0:
+    if inert or s is None or len(s.numbers) < FEWEST or not all(isfinite(n) for n in s.numbers) or s.std == 0:
         return
     function = reward_manifest.origin == "callable"
-    wide, narrow = (WIDE * 10, NARROW / 10) if function else (WIDE, NARROW)
+    wide, narrow = (WIDE_FUNCTION, NARROW_FUNCTION) if function else (WIDE, NARROW)
     clip = setup.declared.get("reward_clip")
     limit = float(clip) if isinstance(clip, (int, float)) and not isinstance(clip, bool) and clip > 0 else None
     cut = sum(abs(n) >= limit for n in s.numbers) / len(s.numbers) if limit else 0.0
@@ -105,12 +115,22 @@ def reward_scale(
         )
 
 
-def _normalisation(manifest: Manifest, setup: Any, samples: OnSamples | None) -> Iterator[Finding]:
+def _normalisation(
+    manifest: Manifest, setup: Any, samples: OnSamples | None, kept: ScoreStatistics | None
+) -> Iterator[Finding]:
     """A normalisation that is switched on and cannot act."""
     asked = bool(setup.declared.get("normalize_reward"))
     if manifest.origin == "callable":
         if asked:
             yield _inert("the reward is a function, which it never reaches", "declared normalize_reward", "a function")
+        return
+    if samples is not None and samples.numbers and abs(samples.mean) < 1 and 0.3 < samples.std < 3:
+        return  # the scores have been normalised another way
+    if kept is not None and (kept.on or (asked and not kept.switch)):
+        if kept.inert:
+            told = f"{kept.names[0]} {kept.mean:g}, {kept.names[1]} {kept.spread:g}"
+            where = f"{kept.switch} is True" if kept.switch else "declared normalize_reward"
+            yield _inert(DOES_NOTHING, "mean and spread that the reward keeps", told, where)
         return
     config = manifest.raw_config
     if not (config.get("normalize_reward") or (asked and "normalize_reward" not in config)):
@@ -118,12 +138,8 @@ def _normalisation(manifest: Manifest, setup: Any, samples: OnSamples | None) ->
     mean, std = (_number(config.get(name)) for name in ("mean", "std"))
     if mean not in (None, 0.0) or std not in (None, 1.0):
         return
-    if samples is not None and samples.numbers and abs(samples.mean) < 1 and 0.3 < samples.std < 3:
-        return  # the scores have been normalised another way
     told = ", ".join(f"{n} {'absent' if v is None else v}" for n, v in (("mean", mean), ("std", std)))
-    yield _inert(
-        "it would subtract 0 and divide by 1", "mean and std in the reward's config", told, manifest.path or ""
-    )
+    yield _inert(DOES_NOTHING, "mean and std in the reward's config", told, manifest.path or "")
 
 
 def _number(value: Any) -> float | None:
