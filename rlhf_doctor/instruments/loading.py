@@ -53,7 +53,7 @@ def load_model(role: Role, path: Path, setup: RLHFSetup, options: Options) -> to
 
     A policy or reference is a language model. A reward or value is the classifier that config.json names; or a
     backbone with the scalar head that its tensors name (TRL, LLaMA-Factory, OpenRLHF, DeepSpeed-Chat); or, without
-    any head, a classifier whose head is new and random: ``loading`` says so.
+    any head, a classifier of one label whose head is new and random: ``loading`` says so.
 
     Raises:
         Broken: it cannot be loaded, in one sentence.
@@ -151,8 +151,16 @@ def _whole(source: Source) -> tuple[torch.nn.Module, Loading]:
     name = _auto_class(source)
     if name == "":
         return _with_own_head(source)
-    model, report = _built(source, getattr(transformers, name), str(source.path), **source.how)
+    labels = {"num_labels": 1} if _gets_a_new_head(source, name) else {}
+    model, report = _built(source, getattr(transformers, name), str(source.path), **source.how, **labels)
     return model, _report(report, type(model).__name__)
+
+
+def _gets_a_new_head(source: Source, name: str) -> bool:
+    """Whether a classifier is made of a language model or a backbone: loops that do so ask for one label."""
+    told = source.manifest.config
+    named = any(str(a).endswith(tuple(CLASSIFIERS)) for a in source.manifest.architectures)
+    return name in CLASSIFIERS.values() and not named and "id2label" not in told and "num_labels" not in told
 
 
 def _built(source: Source, auto: Any, where: str | None, **more: Any) -> tuple[Any, Mapping[str, Any]]:

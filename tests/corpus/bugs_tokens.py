@@ -513,13 +513,6 @@ def finished_texts_count_as_cut(tmp_path: Path) -> Mapping[str, Any]:
     return folders.eos_of_the_tokenizer_is_another(tmp_path)
 
 
-@case("TRL-020", "the reference's files", roles="policy tokenizer setup")
-def no_stop_in_the_generation_config(healthy_files: RLHFSetup) -> RLHFSetup:
-    """The policy's generation config names no EOS, so that sampling runs to the limit."""
-    folders.edit(str(healthy_files.path("policy")), "generation_config.json", eos_token_id=None)
-    return healthy_files
-
-
 @case("TRL-020", "the reference's step", roles="policy tokenizer loop setup")
 def generates_past_the_end(healthy: RLHFSetup) -> RLHFSetup:
     """Sampling does not stop at EOS, and what follows it is trained on."""

@@ -312,12 +312,10 @@ def past_the_end(tmp_path: Path) -> Fields:
     return made
 
 
-@normal("models in eval() during the update", "https://github.com/huggingface/trl/issues/1066", "POL005")
-def eval_mode(seed: int) -> RLHFSetup:
-    made = zoo.healthy_setup("gpt2", seed=10 * seed)
-    for module in (made.policy, made.value):
-        for child in module.modules():
-            if isinstance(child, torch.nn.Dropout):
-                child.p = 0.1
-        module.eval()
-    return made
+@normal("models in eval() during the update", "https://github.com/huggingface/trl/issues/1066", "POL008")
+def eval_mode(healthy: RLHFSetup) -> RLHFSetup:
+    policy = copy.deepcopy(healthy.policy)
+    for layer in policy.model.layers:
+        layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout(0.1))
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    return reference_step(healthy, policy=policy.eval(), reference=reference.eval())

@@ -31,7 +31,8 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
         The step is run again with the log-probabilities of the drawn tokens moved in the update alone, up and down, by
         up to 1 nat. Beyond the clip range a token with positive advantage should lose its weight upwards, one with
         negative advantage downwards; every other weight should follow the ratio. Likewise the critic's values are moved
-        past their clip. Before that, at ratio 1, tokens of both signs should have a weight.
+        past their clip. Before that, at ratio 1, tokens of both signs should have a weight, and on one line: a bend
+        says that the two terms of the surrogate have not the same advantage.
 
     Why it matters:
         The clip is what keeps several updates on one rollout from running away. Where the ratio is 1 by construction,
@@ -49,13 +50,14 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
 
     Source:
         https://arxiv.org/abs/1707.06347, eq. 7, https://github.com/allenai/open-instruct/pull/755 (old
-        log-probabilities recomputed), https://github.com/tensorflow/agents/issues/352 (value clip). One update a step:
+        log-probabilities recomputed), https://github.com/tensorflow/agents/issues/352 (value clip),
+        https://github.com/pytorch/rl/pull/1033 (the advantage normalised between the two terms). One update a step:
         https://github.com/BytedTsinghua-SIA/DAPO/issues/23. Tolerance: a weight counts as gone below a quarter of what
         the ratio gives it; penalties and bonuses in the loss stay below that.
     """
     from rlhf_doctor.trace.ratio import clip_of
     from rlhf_doctor.trace.schedule import updates
-    from rlhf_doctor.trace.weighting import one_sign_missing
+    from rlhf_doctor.trace.weighting import one_sign_missing, surrogates_apart
 
     declared = setup.declared.get("clip_range")
     declared = float(declared) if isinstance(declared, (int, float)) and declared > 0 else None
@@ -69,6 +71,19 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
             f"At ratio 1 the tokens with {'positive' if positive else 'negative'} advantage have no weight: the two "
             "terms of the surrogate differ there. They should be equal: clip the ratio to 1 - range and 1 + range.",
             ("tokens of one sign without weight at ratio 1", "0", f"{gone} of {tokens}"),
+        )
+        return
+    bend = surrogates_apart(traced)
+    if bend is not None:
+        below, above, tokens = bend
+        yield _finding(
+            "The two terms of the surrogate differ at ratio 1: the weights are the smaller of two lines of the "
+            "advantage. Use one and the same advantage in both terms: normalise it once, before either is computed.",
+            (
+                "slope of the weights over the advantages at ratio 1, below and above a bend",
+                "the same",
+                f"{below:.3g} and {above:.3g}, over {tokens} tokens of a pass",
+            ),
         )
         return
     traced.needs("update logits")
@@ -86,8 +101,16 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
             ),
             severity=Severity.INFO if few and clip.kind != "exchanged" else None,
         )
-    elif declared is not None:
+        return
+    if declared is not None:
         yield from _of_range(clip, declared)
+    if few:
+        yield _finding(
+            f"{NORMAL} A clip fraction of 0 and a ratio of 1 in every log line are no fault then; leave the clip as it "
+            "is.",
+            ("updates of a rollout", "more than 1 for a clip to act", "1"),
+            severity=Severity.INFO,
+        )
 
 
 _SAID = {

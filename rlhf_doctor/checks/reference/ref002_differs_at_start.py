@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
-from rlhf_doctor.instruments.agreement import Agreement
+from rlhf_doctor.instruments.agreement import Agreement, Gap
 
 HERE = ("policy", "adapter-off", "adapter_off", "copy", "self", "initial", "init", "sft")
 
@@ -25,7 +25,8 @@ def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = ""
     What it examines:
         KL(policy || reference) in nats per token over the whole vocabulary, at positions of the probe sequences, in
         eval mode. With an adapter on the policy also the KL to the policy without it. A reference that is declared to
-        be another model, and a training that has begun already, make a difference normal: it is mentioned only.
+        be another model, and a training that has begun already, make a difference normal: it is mentioned only, and so
+        is a fresh adapter that is switched off as reference.
 
     Why it matters:
         The penalty holds the policy to what it was. If the reference is another model, the first steps pull the policy
@@ -51,6 +52,8 @@ def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = ""
     name = "the reference" if ref is not None else "the policy with its adapter off"
     gap = ref or off
     if gap is None or not gap.open:
+        if off is not None and setup.reference == "adapter-off":
+            yield _fresh_adapter(off)
         return
     elsewhere = _another(setup)
     said = f"KL from the policy to {name} is {gap.mean:.2g} nats a token before the first update; it should be 0. "
@@ -81,6 +84,26 @@ def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = ""
                 reproduce="(p.exp() * (p - q)).sum(-1).mean() of both models' log-softmax",
             )
             for candidate, g in agreement.gaps.items()
+        ),
+    )
+
+
+def _fresh_adapter(gap: Gap) -> Finding:
+    return Finding(
+        "The reference is the policy with its adapter off. That is right here: the adapter is fresh, so both are the "
+        "same model before the first update. With an adapter that holds SFT it would be the raw base model: merge it "
+        "first.",
+        role="reference",
+        severity=Severity.INFO,
+        confidence=Confidence.MEASURED,
+        evidence=(
+            Evidence(
+                "KL(policy || the policy with its adapter off), nats per token",
+                expected="0",
+                observed=f"{gap.mean:.3g} on average, {gap.largest:.3g} at most",
+                tolerance=f"{gap.tolerance:.1g}",
+                where=f"{gap.positions} positions of the probe sequences",
+            ),
         ),
     )
 

@@ -21,8 +21,9 @@ def eos_disagrees(setup: Any, manifest: Mapping[Role, Manifest], vocabularies: M
     What it examines:
         The ids at which the policy's generation stops (generation config, else config; one or several) against the
         tokenizer's EOS, which loops compare with for masks, penalties and "finished". Several stop ids, the
-        tokenizer's among them, are sound where the generation config lists them. Only the policy generates, so the
-        configs of the other models are not held against it.
+        tokenizer's among them, are sound where the generation config lists them. A generation config
+        without any is told: whether what is generated behind EOS is cut and masked, a step shows (ROL005). Only the
+        policy generates, so the configs of the other models are not held against it.
 
     Why it matters:
         If generation ends at one id and the mask looks for another, finished responses count as cut: they are
@@ -46,6 +47,9 @@ def eos_disagrees(setup: Any, manifest: Mapping[Role, Manifest], vocabularies: M
         raise Unavailable("needs a policy and a tokenizer")
     info = fed.ids_of
     stops, where = generation_stops(m)
+    # generate() reads the generation config alone where there is one.
+    if m.generation_config and where == "config" and info.eos_id in stops:
+        stops, where = frozenset(), "generation config"
     listed = ids_in(m.config.get("eos_token_id"))
     rows = m.embedding_rows or m.vocab_size or info.size
     found = Evidence("stop ids of generation", f"with {info.eos_id}", _shown(stops), where=f"the policy's {where}")
@@ -65,9 +69,11 @@ def eos_disagrees(setup: Any, manifest: Mapping[Role, Manifest], vocabularies: M
         )
     elif not stops:
         if m.config or m.generation_config:
+            who = "generation config has no EOS" if m.generation_config else "config has no EOS"
             yield _finding(
-                f"The policy's configs have no EOS, so its own generation runs to the limit; the "
-                f"tokenizer's is {info.eos_id}. That is slow, and harmless where responses are cut at EOS.",
+                f"The policy's {who}, so its own generation runs to the limit; the tokenizer's is {info.eos_id}. That "
+                "is slow, and harmless where responses are cut at EOS and masked behind it: pass eos_token_id to "
+                "generate.",
                 found,
                 Severity.INFO,
             )

@@ -37,9 +37,9 @@ def value_head_random(
     """
     What it examines:
         For a checkpoint folder: whether it holds a head of one output under the name that its class reads, and what the
-        loader made up. A new head is normal where the setup says ``value_init`` is fresh or the policy. With the models
-        at hand: whether the head shares memory with the token embedding, and, where ``value_init`` is the reward (or
-        the policy), whether the critic's matrices are that model's: 128 entries of each are compared.
+        loader made up. A new head is normal, and told as such, where ``value_init`` is fresh or the policy. With the
+        models at hand: whether the head shares memory with the token embedding, and, where ``value_init`` is the reward
+        (or the policy), whether the critic's matrices are that model's: 128 entries of each are compared.
 
     Why it matters:
         A critic that starts from the reward model already predicts the scores; one that starts with a random head
@@ -62,7 +62,8 @@ def value_head_random(
         Stiennon et al. 2020, https://arxiv.org/abs/2009.01325, and Ouyang et al. 2022,
         https://arxiv.org/abs/2203.02155 (the value function starts from the reward model);
         https://github.com/hiyouga/LlamaFactory/issues/4135 (lost at a restart),
-        https://github.com/radixark/miles/pull/2878 (tied), https://github.com/THUDM/slime/pull/2259 (loose loading).
+        https://github.com/radixark/miles/pull/2878 (tied), https://github.com/THUDM/slime/pull/2259 (loose loading),
+        https://github.com/Jiayi-Pan/TinyZero/issues/90 (a fresh head, normal).
         Cosines of unrelated matrices lie within 0.1 of 0; training moves them by thousandths: 0.9 is between.
     """
     declared = str(setup.declared.get("value_init") or "").lower()
@@ -81,6 +82,13 @@ def value_head_random(
             f"The critic's checkpoint {problem[0]}, so its head starts random; {said}. It should hold the head to "
             "start from.",
             problem[1],
+        )
+    elif declared in FRESH and (new := renamed_head(m) or absent_head(m)):
+        yield _finding(
+            f"The critic's checkpoint {new[0]}, so its head starts random, as value_init={declared!r} says: that is "
+            "normal. Let the critic warm up before the policy moves.",
+            new[1],
+            Severity.INFO,
         )
     tied = value_variation.projection.tied_to if value_variation and value_variation.projection else ""
     if tied and m.head("scalar") is None:
@@ -129,8 +137,8 @@ def _origin(declared: str, value: Fingerprint, source: Fingerprint) -> Iterator[
         )
 
 
-def _finding(message: str, evidence: Evidence) -> Finding:
-    return Finding(message, role="value", confidence=Confidence.PROVEN, evidence=(evidence,))
+def _finding(message: str, evidence: Evidence, severity: Severity | None = None) -> Finding:
+    return Finding(message, role="value", severity=severity, confidence=Confidence.PROVEN, evidence=(evidence,))
 
 
 @value_head_random.fault("the checkpoint lacks its head")

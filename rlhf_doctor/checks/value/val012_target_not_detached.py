@@ -29,7 +29,7 @@ def value_target_not_detached(traced: Traced, setup: Any) -> Iterator[Finding]:
         token. Where both fail, the target is made of the very values that are trained, and the gradient flows through
         it. Targets that are computed anew from current values, but detached, pass the second test. Also told is a
         critic whose head trains while its own body, which is trainable and is not the policy's, receives nothing: the
-        head reads another model's states.
+        head reads another model's states. A trunk that is declared to be shared is mentioned: the value loss moves it.
 
     Why it matters:
         With the gradient through the target the critic minimises the squared temporal difference over both of its ends:
@@ -50,6 +50,7 @@ def value_target_not_detached(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/huggingface/trl/issues/1108 (the value loss moving a shared trunk, normal where it is meant).
     """
     yield from _borrowed(traced, setup)
+    yield from _shared(setup)
     traced.needs("update values", "one score")
     found = [_unevenness(traced, s) for s in range(len(traced.base.samples))]
     seen = [f for f in found if f is not None]
@@ -147,6 +148,33 @@ def _borrowed(traced: Traced, setup: Any) -> Iterator[Finding]:
             ),
         ),
     )
+
+
+def _shared(setup: Any) -> Iterator[Finding]:
+    """A trunk that is declared to be the policy's and the critic's: the value loss moves both."""
+    if not setup.declared.get("shared_trunk"):
+        return
+    policy, value = ({id(p): p for p in _parameters(model)} for model in (setup.policy, setup.value))
+    both = [p for i, p in policy.items() if i in value and p.requires_grad]
+    if both:
+        yield Finding(
+            "Policy and critic share a trunk, as declared, so the value loss moves the policy too. That is normal; "
+            "keep vf_coef small, around 0.1.",
+            role="value",
+            severity=Severity.INFO,
+            confidence=Confidence.PROVEN,
+            evidence=(
+                Evidence(
+                    "scalars that train in both policy and critic",
+                    "any number with a shared trunk",
+                    f"{sum(p.numel() for p in both)} in {len(both)} tensors",
+                ),
+            ),
+        )
+
+
+def _parameters(model: Any) -> Iterator[Any]:
+    return iter(model.parameters()) if callable(getattr(model, "parameters", None)) else iter(())
 
 
 @value_target_not_detached.fault("the returns are computed from the values that are trained")
