@@ -66,7 +66,7 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "REW001": ("REW004", "REW005", "SYS004", "REW006", "REW009", "REW012", "REW013"),
         "VAL001": ("VAL003", "VAL004", "SYS004", "VAL007", "VAL015"),
         "VAL002": ("VAL003", "VAL005", "VAL006", "VAL015", "VAL007"),
-        "REW002": ("REW006", "REW009", "REW010", "REW004", "REW012", "REW013"),
+        "REW002": ("REW006", "REW009", "REW010", "REW004", "REW012", "REW013", "VAL007"),
         "VAL003": ("VAL004",),
         "VAL005": ("VAL006", "VAL015"),
         "ROL001": (
@@ -162,7 +162,7 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "KLD004": ("KLD003", "SYS008"),
         "KLD003": ("SYS008",),
         "KLD006": ("KLD003",),
-        "REF005": ("KLD003", "SYS008"),
+        "REF005": ("KLD003", "KLD004", "LOS008", "SYS008"),
         "REF006": ("KLD003", "REF005", "SYS008"),
         "ADV002": (
             "ADV008",
@@ -227,7 +227,7 @@ EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
         "LOS001": ("ADV008", "LOS006", "SYS008"),
         "LOS004": ("VAL009", "VAL010", "SYS008"),
-        "OPT003": ("REF002", "SYS008"),
+        "OPT003": ("REF002", "SYS008", "REF005"),
         "OPT004": ("LOS003", "OPT002", "OPT006", "VAL008"),
         "ADV007": (
             "SYS008",
@@ -248,12 +248,12 @@ ACROSS_ROLES = frozenset(
         "CFG002", "CFG003", "CFG004",
         "POL001", "POL002", "POL003", "POL004", "POL005",
         "PRE003", "PRE004",
-        "REF002", "REF004",
+        "REF002", "REF004", "REW002",
         "SYS002", "SYS003", "SYS004", "SYS005", "SYS006", "SYS007", "SYS011", "SYS012",
         "TOK002", "TOK003",
         "ADV001", "ADV002", "ADV005", "ADV009", "KLD002", "KLD005", "LOS001", "REF005", "REF006", "REW014", "ROL004",
         "ROL005", "ROL009", "ROL010", "VAL008", "VAL009", "VAL010",
-        "ADV003", "ADV006", "ADV007", "KLD003", "ROL001", "ROL002", "ROL008", "ROL011", "SYS009", "VAL013",
+        "ADV003", "ADV006", "ADV007", "KLD003", "OPT003", "ROL001", "ROL002", "ROL008", "ROL011", "SYS009", "VAL013",
     }
 )  # fmt: skip
 # Families from the files outward; an effect is never the first line while a cause stands.

@@ -39,6 +39,7 @@ class Anchor:
     pull: float | None = None
     constant: float | None = None
     reason: str = ""
+    to_zero: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def anchor(traced: Traced, moved: Experiment, chosen: Bools, declared: Mapping[s
     span = float(np.ptp((weight / plain.share)[base.real & np.isfinite(weight)]))
     if identical or plain.left < STILL * span:
         unit = _unit(traced, plain, declared) if plain.left < STRAIGHT * span else None
-        return Anchor(Penalty(False, (), tokens, identical), *_pulls(traced, plain, unit))
+        zero = plain.left > 5 * STRAIGHT * span and _to_zero(traced, moved, plain)
+        return Anchor(Penalty(False, (), tokens, identical), *_pulls(traced, plain, unit), to_zero=zero)
     lines = []
     for temperature in temperatures(base):
         apart = masked(base, base["logp"] - reference_logp(moved.table, temperature))
@@ -89,6 +91,16 @@ def anchor(traced: Traced, moved: Experiment, chosen: Bools, declared: Mapping[s
         for misfit, name, temperature, line in lines
     ]
     return Anchor(Penalty(True, tuple(fits), tokens), *_pulls(traced, lines[0][3], unit))
+
+
+def _to_zero(traced: Traced, moved: Experiment, plain: Line) -> bool:
+    """Whether a penalty beside the advantages explains the weights that has 0 where log π_ref belongs."""
+    for slope in SLOPES.values():
+        with np.errstate(over="ignore", invalid="ignore"):
+            line = _best(traced, moved, slope(masked(traced.base, traced.base["logp"])))
+        if line is not None and line.left < 5 * CLOSE * plain.left:
+            return all(c / a < 0 for a, _, c in line.solved.values())
+    return False
 
 
 UNKNOWN = "what the policy is trained with follows from no known advantage, so a KL in the loss cannot be told apart"

@@ -22,11 +22,15 @@ __all__ = [
     "heads",
     "own_parameters",
     "part_in_training",
+    "past_the_end",
     "raw_response",
     "rounding",
     "steady",
     "trained_spans",
+    "unrewarded_end",
 ]
+
+UNMOVED = 1e-4  # of what the same score does within the response
 
 Part = Literal["not called", "called without gradient", "no gradient came back", "gradient is zero", "trained"]
 
@@ -88,6 +92,43 @@ def trained_spans(table: Table) -> list[Span]:
             trained.setdefault(sample, []).append(state)
     lengths = table.real.sum(1)
     return [Span(min(t), max(t), int(lengths[s])) for s, t in trained.items()]
+
+
+def past_the_end(table: Table) -> Floats:
+    """(S,) ∂L/∂V of the state after each response's last token, NaN where no gradient was seen there."""
+    found = np.full(len(table.samples), np.nan)
+    lengths = np.array([len(s.response) for s in table.samples] or [0])
+    weights = None
+    for placed in table.placed:
+        call = placed.call
+        if call.role != "value" or "scalar" not in call.gradient:
+            continue
+        weights = call.weights if weights is None else weights
+        if call.weights is not None and weights is not None and not bool((call.weights == weights).all()):
+            break  # a loop that updates by hand
+        gradient = call.gradient["scalar"].double().cpu().numpy()
+        at = (placed.sample >= 0) & (placed.state == lengths[np.maximum(placed.sample, 0)])
+        for sample, size in zip(placed.sample[at].tolist(), gradient[at].tolist(), strict=True):
+            if np.isnan(found[sample]):
+                found[sample] = size
+    return found
+
+
+def unrewarded_end(experiments: Experiments) -> bool:
+    """Whether the critic is trained in the state after the end although no score is part of its target there.
+
+    Where a score is, as in TRL, which puts it there, a changed one moves that state's gradient like the others'.
+    """
+    base = experiments.base
+    before = past_the_end(base)
+    trained = np.isfinite(before) & (before != 0)
+    if not trained.any() or "all scores" not in experiments.done:
+        return False
+    changed = experiments.done["all scores"]
+    moved = np.abs(past_the_end(changed.table) - before)
+    inside = np.abs(np.nan_to_num(raw_response(experiments, "all scores"))).max(1, initial=0.0)
+    known = trained & changed.touched & np.isfinite(moved) & (inside > 0)
+    return bool(known.any() and (moved[known] < UNMOVED * inside[known]).all())
 
 
 def steady(experiments: Experiments) -> NDArray[np.bool_]:

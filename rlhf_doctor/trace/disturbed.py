@@ -282,11 +282,17 @@ def _idle(base: Table, placed: Placed) -> Floats:
     return np.where(away, np.where(placed.state % 2 == 0, POISON, -POISON), 0.0)
 
 
-def not_finite(table: Table | None) -> NotFinite:
-    """Count rows of trained heads whose gradient is not finite."""
+def not_finite(table: Table | None, *, first: bool = False) -> NotFinite:
+    """Count rows of trained heads whose gradient is not finite; the ``first`` update's alone where none is held back.
+
+    What is not finite in one update is in every later one, at all rows.
+    """
     inside = outside = rows = 0
+    start: dict[Role, torch.Tensor] = {}
     for placed in table.placed if table is not None else ():
-        kept = placed.call.gradient
+        kept, weights = placed.call.gradient, placed.call.weights
+        if weights is not None and first and not torch.equal(start.setdefault(placed.call.role, weights), weights):
+            continue
         if not placed.call.backwards or not kept or table is None:
             continue
         numbers = (

@@ -37,6 +37,7 @@ class Divergence:
     Attributes:
         pull: how the loss's pull on a token falls with its log-probability, whatever it is pulled to: β of a k2 or k3
             term towards any anchor; None where unknown.
+        to_zero: whether a term of the loss has 0 in place of the reference's log-probabilities.
         constant: the pull that is the same everywhere: −β of a k1 term in the loss; None where unknown.
     """
 
@@ -44,6 +45,7 @@ class Divergence:
     loss: Penalty | None = None
     pull: float | None = None
     constant: float | None = None
+    to_zero: bool = False
     reasons: dict[str, str] = field(default_factory=dict)
 
 
@@ -65,6 +67,7 @@ def divergence(traced: Traced, declared: Mapping[str, Any]) -> Divergence:
     made.reward = _in_reward(traced, moved, chosen, declared, made.reasons)
     found = anchor(traced, moved, chosen, declared)
     made.loss, made.pull, made.constant = found.penalty, found.pull, found.constant
+    made.to_zero = found.to_zero
     if found.reason:
         made.reasons["loss"] = found.reason
     return made

@@ -56,6 +56,9 @@ def at_the_edge(setup: RLHFSetup, traced: Traced) -> Edges:
     found: list[Batch] = []
     reasons: list[str] = []
     base = traced.base
+    plain = not_finite(base, first=True)
+    if plain.outside and not plain.inside:  # then every batch breaks, and not at its edge
+        return Edges((), ("gradients that are finite at masked slots in the step as it is",))
     known = bool(np.isfinite(base.scores).all()) and len(base.scores) > 1
     ratios, said = _ratios(traced)
     if known:

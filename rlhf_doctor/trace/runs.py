@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,19 @@ class Run:
     returned: Any = None
     error: str = ""
     gradients: list[tuple[int, dict[Role, torch.Tensor]]] = field(default_factory=list)  # see ``Recorder.gradients``
+    around: list[tuple[Role, bool, torch.Tensor]] = field(default_factory=list)  # see ``Recorder.around``
+
+    def put_back(self, role: Role) -> int:
+        """Of how many watched parameters a later update began at their first numbers, which an earlier one had left."""
+        ours = [(after, numbers) for one, after, numbers in self.around if one == role]
+        if not ours or ours[0][0]:
+            return 0
+        start = ours[0][1]
+        found = torch.zeros(len(start), dtype=torch.bool)
+        for (left, last), (later, now) in itertools.pairwise(ours):
+            if left and not later:
+                found |= (last != start).any(1) & (now == start).all(1)
+        return int(found.sum())
 
 
 class Stepper:
@@ -106,7 +120,7 @@ class Stepper:
             self.trained = frozenset(c.role for c in recorder.calls if c.backwards)
         return Run(
             recorder.calls, recorder.texts, recorder.steps, stopped, moved, boundaries, returned, error,
-            recorder.gradients,
+            recorder.gradients, recorder.around,
         )  # fmt: skip
 
     def _moved(self) -> dict[Role, dict[str, float]]:

@@ -44,6 +44,7 @@ class Pass:
     update_tokens: int
     update_longest: int
     passes: int  # of the update
+    batch_longest: int  # of all rows of the step
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ def _passes(base: Table, found: Sequence[tuple[int, Placed]]) -> list[Pass]:
                 int(lengths[whole].sum()),
                 int(lengths[whole].max()),
                 sum(u == update for u, _ in found),
+                int(lengths.max()),
             )
         )
     return made
@@ -304,13 +306,14 @@ def _unsound(made: Sequence[Pass], per_row: bool) -> Mapping[str, list[float]]:
     if cut:
         found["undivided"] = [p.tokens for p in made]
         found["pieces"] = [p.tokens * p.passes for p in made]
-    for width in ("columns", "length", "longest", "update_longest"):
+    for width in ("columns", "length", "longest", "update_longest", "batch_longest"):
         for less in (0, 1):
             at = [getattr(p, width) - less for p in made]
             name = "longest" if "longest" in width else "grid"
             if less and name == "longest":
                 continue
             found[f"{name} {width} {less}"] = [p.update_rows * w for p, w in zip(made, at, strict=True)]
+            found[f"{name} {width} {less} alone"] = [float(w) for w in at]
             if cut:
                 found[f"{name} {width} {less} undivided"] = [p.rows * w for p, w in zip(made, at, strict=True)]
     return found

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Whitening", "whitening"]
 
 STRAIGHT = 2e-3  # misfit over the range: float32 leaves 1e-5
+FEW = 4  # tokens: a line through fewer says little
 CLOSE = 1e-2  # of a standard deviation, between the mean that was taken off and the one that should be
 
 
@@ -30,6 +31,7 @@ class Whitening:
     """What was done. ``kind``:
 
     batch: mean and deviation of all response tokens; minibatch, micro-batch, row: of those of each;
+    pieces: of those of each part of the width, at one and the same place in every response;
     none: no mean was taken off; kept: the mean was added back; variance: divided by the variance;
     other: another number was taken off; unknown: returns − values do not explain the weights.
     ``taken`` is what was taken off, ``mean`` and ``deviation`` are those of the response tokens.
@@ -73,7 +75,57 @@ def whitening(traced: Traced, declared: Mapping[str, Any]) -> Whitening:
             p.misfit < STRAIGHT and abs(p.taken - p.mean) < CLOSE * deviation for p in smaller
         ):
             return Whitening(kind, smaller[0].taken, mean, deviation, count)
-    return Whitening("unknown", np.nan, mean, deviation, count)
+    taken = _in_pieces(traced, raw, windows, every)
+    return Whitening(
+        "unknown" if taken is None else "pieces", np.nan if taken is None else taken, mean, deviation, count
+    )
+
+
+def _in_pieces(traced: Traced, raw: Floats, windows: list[Bools], every: Floats | None) -> float | None:
+    """What was taken off the first of two to four parts that the width was cut into; None where no cut explains it.
+
+    Both lines of a cut must take off the mean of their own part over the whole batch: chance fits no such pair.
+    """
+    base = traced.base
+    if every is None:
+        return None
+    whole = np.full(raw.shape, np.nan)
+    whole[base.real] = every
+    weight = masked(base, base["weight"])
+    lengths = np.maximum(base.real.sum(1), 1)[:, None]
+    for place in (np.broadcast_to(np.arange(raw.shape[1]), raw.shape), _columns(traced)):
+        width = int(place[base.real].max()) + 1
+        cuts: list[tuple[int, ...]] = [(k,) for k in range(1, width)]
+        cuts += [tuple(-(-width * i // n) for i in range(1, n)) for n in (3, 4)]
+        for share in (np.ones(weight.shape), 1 / np.broadcast_to(lengths, weight.shape)):
+            for cut in cuts:
+                taken = _cut_there(np.searchsorted(cut, place, side="right"), raw, weight / share, windows, whole)
+                if taken is not None:
+                    return taken
+    return None
+
+
+def _cut_there(part: Any, raw: Floats, weight: Floats, windows: list[Bools], whole: Floats) -> float | None:
+    first, used, deviation = None, set(), float(np.nanstd(whole))
+    for number in np.unique(part):
+        mean = float(np.nanmean(whole[part == number])) if np.isfinite(whole[part == number]).any() else np.nan
+        for one in _parts([w & (part == number) for w in windows], raw, weight):
+            if one.count < FEW or one.misfit > STRAIGHT or not abs(one.taken - mean) < CLOSE * deviation:
+                return None
+            first = one.taken if first is None else first
+            used.add(int(number))
+    return first if len(used) > 1 else None
+
+
+def _columns(traced: Traced) -> Any:
+    """(S, T) where each token stands in the ids that its policy was trained on."""
+    base = traced.base
+    starts = np.zeros(len(base.samples), dtype=np.int64)
+    for placed in base.placed:
+        if placed.call.role == "policy" and placed.call.backwards:
+            for sample, start in placed.starts.items():
+                starts[sample] = start + len(base.samples[sample].prompt)
+    return starts[:, None] - starts.min(initial=0) + np.arange(base.real.shape[1])
 
 
 def _parts(places: list[Bools], raw: Floats, weight: Floats) -> list[_Part]:

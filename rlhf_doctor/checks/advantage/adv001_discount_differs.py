@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.instruments.tracing import Traced
+
+if TYPE_CHECKING:
+    from rlhf_doctor.trace.apart import OtherRates
 
 
 @check(
@@ -24,7 +27,9 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
     What it examines:
         One score is changed and the step run again: the advantages of the tokens before the last one move by γλ a
         token. One rollout value V(s_u) is changed: the advantage at u moves by -1 and the one before it by γ(1-λ). So
-        γλ, γ and λ are measured from the policy's gradient and compared with what is declared.
+        γλ, γ and λ are measured from the policy's gradient and compared with what is declared. Where the policy is not
+        trained with return - value, the rewards are read off the critic's targets, and the sums of them with a γ and λ
+        of 0, of 1, or as declared are tried.
 
     Why it matters:
         They set how far back a response's score is credited. Text is a finite episode with one score at its end: a
@@ -48,6 +53,7 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
         from 1. Where the readings scatter more, or need a lambda above 1, nothing is said here.
     """
     from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace.apart import rates_apart
 
     gamma, lam = number(setup.declared.get("gamma")), number(setup.declared.get("lam"))
     if gamma is None and lam is None:
@@ -55,6 +61,10 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
     if advantage.critic_free(traced):
         raise Unavailable("needs a critic: without one advantages are not discounted sums")
     if not advantage.follows(traced.recovered):
+        other = rates_apart(traced, setup.declared)
+        if other is not None:
+            yield _of_the_policy(other, setup.declared)
+            return
         raise Unavailable("needs a policy that is trained with the returns less the values, up to whitening")
     found = advantage.discount(traced, "policy")
     if found.product is None:
@@ -89,6 +99,27 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
                 where="the policy's gradient",
             )
             for n, said, seen in told
+        ),
+    )
+
+
+def _of_the_policy(found: OtherRates, declared: Any) -> Finding:
+    """The critic's targets are discounted sums, and the policy's advantages are other ones of the same rewards."""
+    said = "each token's own reward less its value" if not found.gamma else "other sums of the same rewards"
+    return Finding(
+        f"The policy's advantages are {said}: they are computed with gamma {found.gamma:g} and lambda {found.lam:g}, "
+        f"while the critic's targets are not. Use the discounted sum for both, with gamma {declared['gamma']:g} and "
+        f"lambda {declared['lam']:g} as declared.",
+        role="loop",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                "what the declared sums leave of the policy's weights, over their range",
+                "0",
+                f"{found.misfit:.2g}; with gamma {found.gamma:g} and lambda {found.lam:g} {found.left:.1g}",
+                "0.002",
+                where="the policy's gradient beside the rewards in the critic's targets",
+            ),
         ),
     )
 

@@ -16,6 +16,7 @@ SAID = {
     "variance": "The advantages are divided by their variance and not by their standard deviation.",
     "micro-batch": "The advantages are whitened in each micro-batch, so that memory settings change the training.",
     "row": "The advantages are whitened in each response by itself, so that good and bad responses are alike.",
+    "pieces": "The advantages are whitened in each part of the width by itself, so that one response gets two scales.",
     "other": "The number that is taken off the advantages is not the mean of the response tokens'.",
     "minibatch": "The advantages are whitened in each minibatch, as OpenAI's first code did; others take the batch.",
 }
@@ -34,7 +35,8 @@ def whitening_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
     What it examines:
         The policy's gradient gives what each token is trained with, the critic's the returns. The one should be a line
         of return - value, less the mean over all response tokens of the batch, over their standard deviation. Which
-        tokens the mean was taken over is found by comparison. Each minibatch by itself is info.
+        tokens the mean was taken over is found by comparison: all, those of a micro-batch, of a response, of a part of
+        the width. Each minibatch by itself is info.
 
     Why it matters:
         The mean decides which tokens are pushed up and which down. Zeros of pads draw it towards 0, a micro-batch makes

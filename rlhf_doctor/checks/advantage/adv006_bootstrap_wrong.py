@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
+
+if TYPE_CHECKING:
+    from rlhf_doctor.trace.apart import Bootstrap
 
 
 @check(
@@ -18,13 +21,14 @@ from rlhf_doctor.instruments.tracing import Traced
     severity=Severity.ERROR,
     after=("ROL005", "ROL009", "VAL013", "ADV002", "ADV003", "ADV005", "ADV007"),
 )
-def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
+def bootstrap_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
     """
     What it examines:
         One rollout value V(s_u) is changed and the step run again: the advantage of token u should move by -1, that of
         the token before by γ(1-λ), those further back by γλ a token. And the reward of each last token, as the returns
         have it, is compared with the score: what is left over should not follow the value of the state after the end.
-        Cut responses that do bootstrap are mentioned as info.
+        Cut responses that do bootstrap are mentioned as info, those that do so for the policy alone or the critic alone
+        are not.
 
     Why it matters:
         After the end of a text there is no future reward. A value there is one that nothing trains, and it enters every
@@ -47,6 +51,7 @@ def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
         https://github.com/pytorch/rl/pull/2773. Tolerance 0.01 of a unit of V, 100 times what float32 leaves.
     """
     from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace.apart import bootstrap_apart
 
     if advantage.critic_free(traced):
         raise Unavailable("needs a critic: without one nothing bootstraps")
@@ -70,6 +75,10 @@ def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
             ),
         )
         return
+    apart = bootstrap_apart(traced, setup.declared)
+    if apart is not None:
+        yield _one_way(apart)
+        return
     if not found.sound or found.product is None or found.gamma is None:
         raise Unavailable("needs advantages that are discounted sums, and a changed rollout value that shows in them")
     ended = advantage.terminal(traced, found.product, found.gamma, ended=True)
@@ -82,6 +91,27 @@ def bootstrap_wrong(traced: Traced) -> Iterator[Finding]:
         return
     if ended is None or not ended.decided:
         raise Unavailable("needs two responses that end, with rewards that are their scores up to a constant")
+
+
+def _one_way(found: Bootstrap) -> Finding:
+    kind = "end" if found.ended else "are cut at the length limit"
+    here, there = "the policy's advantages", "the critic's targets"
+    here, there = (here, there) if found.factor > 0 else (there, here)
+    return Finding(
+        f"The value after the last token of responses that {kind} counts in {here} and not in {there}. Treat these "
+        "responses one way everywhere: make the targets from the very advantages, as advantage + value.",
+        role="loop",
+        confidence=Confidence.MEASURED,
+        evidence=(
+            Evidence(
+                "what return - value leaves of the policy's weights, over their range",
+                "0",
+                f"{found.misfit:.2g}; with {abs(found.factor):.3g} of that value added {found.left:.1g}",
+                "0.002",
+                where=f"{len(found.samples)} responses; gamma is {found.gamma:.3g}",
+            ),
+        ),
+    )
 
 
 def _beyond(found: Any, kind: str, severity: Severity | None) -> Finding:

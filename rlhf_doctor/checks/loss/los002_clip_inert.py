@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.loss.clips import NORMAL, SAID, range_said
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
 
 if TYPE_CHECKING:
     from rlhf_doctor.trace.disturbed import Disturbed
-    from rlhf_doctor.trace.ratio import Clip
 
 CLIPPED = ("ppo", "grpo")
-NORMAL = "With one update a step the old policy is the current one, and no clip can act; that is normal."
 
 
 @check(
@@ -31,8 +30,7 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
         The step is run again with the log-probabilities of the drawn tokens moved in the update alone, up and down, by
         up to 1 nat. Beyond the clip range a token with positive advantage should lose its weight upwards, one with
         negative advantage downwards; every other weight should follow the ratio. Likewise the critic's values are moved
-        past their clip. Before that, at ratio 1, tokens of both signs should have a weight, and on one line: a bend
-        says that the two terms of the surrogate have not the same advantage.
+        past their clip. Before that, at ratio 1, tokens of both signs should have a weight.
 
     Why it matters:
         The clip is what keeps several updates on one rollout from running away. Where the ratio is 1 by construction,
@@ -50,14 +48,13 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
 
     Source:
         https://arxiv.org/abs/1707.06347, eq. 7, https://github.com/allenai/open-instruct/pull/755 (old
-        log-probabilities recomputed), https://github.com/tensorflow/agents/issues/352 (value clip),
-        https://github.com/pytorch/rl/pull/1033 (the advantage normalised between the two terms). One update a step:
+        log-probabilities recomputed), https://github.com/tensorflow/agents/issues/352 (value clip). One update a step:
         https://github.com/BytedTsinghua-SIA/DAPO/issues/23. Tolerance: a weight counts as gone below a quarter of what
         the ratio gives it; penalties and bonuses in the loss stay below that.
     """
     from rlhf_doctor.trace.ratio import clip_of
     from rlhf_doctor.trace.schedule import updates
-    from rlhf_doctor.trace.weighting import one_sign_missing, surrogates_apart
+    from rlhf_doctor.trace.weighting import one_sign_missing
 
     declared = setup.declared.get("clip_range")
     declared = float(declared) if isinstance(declared, (int, float)) and declared > 0 else None
@@ -73,19 +70,6 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
             ("tokens of one sign without weight at ratio 1", "0", f"{gone} of {tokens}"),
         )
         return
-    bend = surrogates_apart(traced)
-    if bend is not None:
-        below, above, tokens = bend
-        yield _finding(
-            "The two terms of the surrogate differ at ratio 1: the weights are the smaller of two lines of the "
-            "advantage. Use one and the same advantage in both terms: normalise it once, before either is computed.",
-            (
-                "slope of the weights over the advantages at ratio 1, below and above a bend",
-                "the same",
-                f"{below:.3g} and {above:.3g}, over {tokens} tokens of a pass",
-            ),
-        )
-        return
     traced.needs("update logits")
     clip = clip_of(traced.experiments, declared)
     if clip is None or not clip.kind:
@@ -93,7 +77,7 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
     few = updates(traced.base) <= 1
     if clip.kind != "acts":
         yield _finding(
-            (NORMAL + " " if few and clip.kind != "exchanged" else "") + _SAID[clip.kind],
+            (NORMAL + " " if few and clip.kind != "exchanged" else "") + SAID[clip.kind],
             (
                 "tokens beyond the clip range whose weight is what this clip makes of it",
                 "cut where the advantage asks for it, else following the ratio",
@@ -102,39 +86,15 @@ def clip_inert(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -
             severity=Severity.INFO if few and clip.kind != "exchanged" else None,
         )
         return
-    if declared is not None:
-        yield from _of_range(clip, declared)
+    other = range_said(clip, declared) if declared is not None else None
+    if other is not None:
+        yield _finding(*other)
     if few:
         yield _finding(
             f"{NORMAL} A clip fraction of 0 and a ratio of 1 in every log line are no fault then; leave the clip as it "
             "is.",
             ("updates of a rollout", "more than 1 for a clip to act", "1"),
             severity=Severity.INFO,
-        )
-
-
-_SAID = {
-    "one": "The ratio is 1 by construction: moving the policy's log-probabilities in the update changes no weight. Old "
-    "log-probabilities should be those of the rollout, computed once before the first update.",
-    "wide": "The clip never acts: however far the policy has moved, the weights only follow the ratio. The range "
-    "should be a fraction such as 0.2 around 1.",
-    "exchanged": "The clip cuts on the wrong side: it leaves the weight where the policy has gone too far, and takes "
-    "it where it should come back. Take the minimum of the surrogates, or the maximum of their negatives.",
-}
-
-
-def _of_range(clip: Clip, declared: float) -> Iterator[Finding]:
-    """Both sides have to disagree, since the upper bound may be set by itself; the lower one alone says enough."""
-    stayed, gone = clip.edges[1]
-    above = clip.edges[0]
-    wide = stayed > 1.05 * declared and (above[0] > 1.05 * declared or above[0] == 0.0)
-    narrow = min(gone, above[1]) < 0.95 * declared
-    if wide or narrow:
-        low, high = (max(stayed, above[0]), min(gone, above[1]))
-        yield _finding(
-            f"The clip range is not the declared {declared:g}: {'it lets more pass' if wide else 'it cuts sooner'}. "
-            "Pass the declared range to the loss.",
-            ("|ratio - 1| at which weights vanish", f"{declared:g}", f"above {low:.3g}, at most {high:.3g}"),
         )
 
 

@@ -56,7 +56,7 @@ def loss_aggregation(traced: Traced, setup: Any) -> Iterator[Finding]:
 
     read = weighting(traced)
     declared = setup.declared.get("loss_aggregation")
-    fixed = read.name.startswith("grid") and not declared and _is_fixed(read, setup)
+    fixed = read.name.startswith(("grid", "longest")) and not declared and _is_fixed(read, setup)
     if read.name and read.name not in (*SOUND, "undivided") and "undivided" not in read.name and not fixed:
         said = {
             "pieces": "by the tokens of its micro-batch, and by their number",
@@ -89,10 +89,12 @@ def _as(declared: Any) -> str:
 
 
 def _is_fixed(read: Any, setup: Any) -> bool:
-    """Whether a grid's width is the declared limit of responses, which does not depend on the batch."""
+    """Whether a width is the declared limit of responses, which does not depend on the batch."""
     limit = setup.declared.get("response_length")
     return isinstance(limit, int) and any(
-        abs(e / p.update_rows / limit - 1) < 0.02 for e, p in zip(read.expected, read.passes, strict=True)
+        abs(e / rows / limit - 1) < 0.02
+        for e, p in zip(read.expected, read.passes, strict=True)
+        for rows in (1, p.update_rows)
     )
 
 

@@ -28,7 +28,8 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
     What it examines:
         The gradient at the critic's output for every response token. It must not be 0 everywhere, or at most tokens; it
         must grow when the value is raised; and with values moved in the update past their clip, those that left
-        their return must be pulled back.
+        their return must be pulled back. Where the policy is not trained with return - value: whether the return is a
+        line of that advantage and of the value, with another factor than 1 before the value.
 
     Why it matters:
         A critic that is not trained, or trained away from the returns, gives advantages that are mostly noise. The
@@ -41,12 +42,16 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
         1. Add vf_coef times the value loss to what is minimised, with a coefficient above 0.
         2. Minimise the mean of (V - R)², and square it.
         3. Clip V around the rollout's V, not around the return, and take the larger of the two squares.
+        4. With normalised targets, bring the values back to the scale of the rewards before advantages are computed.
 
     Source:
         https://github.com/tensorflow/agents/issues/352 and https://arxiv.org/abs/2403.17031 (clipped value loss, the
-        larger of two squares). A gradient counts as none where it is exactly 0; a critic that is right to the last bit
+        larger of two squares); values of another scale than the returns: https://github.com/marlbenchmark/on-policy/pull/13.
+        A gradient counts as none where it is exactly 0; a critic that is right to the last bit
         is so at single tokens, not at a quarter of them.
     """
+    from rlhf_doctor.trace.apart import scales_apart
+
     base = traced.base
     if setup.value is None:
         raise Unavailable("needs a critic")
@@ -95,6 +100,18 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
                 "values moved away from their return, past the clip, that are pulled back",
                 "all",
                 f"few or none of {disturbed.clip.away}",
+            ),
+        )
+    elif (scales := scales_apart(traced)) is not None:
+        yield _finding(
+            "The critic's targets are on another scale than the values that are taken off for the advantages: a unit "
+            f"of a value counts {scales.factor:.3g} in its target. Normalise both or neither: scale the values back "
+            "before they are used, with the numbers that the returns were scaled with.",
+            (
+                "factor of the value in target = c · advantage + factor · value + constant, which fits every token",
+                "1",
+                f"{scales.factor:.4g}, over {scales.tokens} tokens (a factor of 1 leaves {scales.misfit:.2g} of the "
+                "targets' range)",
             ),
         )
 

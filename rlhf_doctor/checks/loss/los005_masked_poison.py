@@ -47,7 +47,7 @@ def masked_poison(traced: Traced, disturbed: Disturbed | None = None) -> Iterato
     from rlhf_doctor.trace.disturbed import not_finite
     from rlhf_doctor.trace.outside import entropy_outside
 
-    plain = not_finite(traced.base)
+    plain = not_finite(traced.base, first=True)
     if plain.outside and not plain.inside:
         yield _finding(
             "Masked slots have NaN or infinite gradients while those of all response tokens are finite: something "

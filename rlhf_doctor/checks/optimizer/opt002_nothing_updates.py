@@ -22,7 +22,8 @@ def nothing_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
     """
     What it examines:
         Every parameter of the policy, bit by bit, before and after two whole steps in a row. At least one has to
-        differ. A schedule that is at rate 0 in both steps is not judged.
+        differ, and in one module that holds the critic too, one besides the critic's head. A schedule that is at rate
+        0 in both steps is not judged.
 
     Why it matters:
         Losses, rewards and gradient norms of the log look alive in a run that learns nothing: they are computed from
@@ -45,6 +46,7 @@ def nothing_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/huggingface/transformers/issues/26221 (checkpointing without gradients of the inputs). A
         warm-up that starts at rate 0 is normal: https://github.com/verl-project/verl/issues/3674
     """
+    from rlhf_doctor.trace.critic import own_parameters
     from rlhf_doctor.trace.schedule import steps_of
 
     found = traced.experiments
@@ -53,7 +55,9 @@ def nothing_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
         raise Unavailable("needs a step that can be run twice in a row" + (f": {real.error}" if real else ""))
     if not hasattr(setup.policy, "parameters"):
         raise Unavailable("needs the policy in memory")
-    if "policy" in real.moved:
+    moved = set(real.moved.get("policy", ()))
+    layers = {name.rpartition(".")[0] for name in own_parameters(setup)} if setup.value is setup.policy else set()
+    if any(name.rpartition(".")[0] not in layers for name in moved):
         return
     groups = [g for _, o, roles in real.steps if "policy" in roles for g in o.param_groups]
     if groups and all(float(g["lr"]) == 0 and float(g.get("initial_lr", 0)) > 0 for g in groups):
@@ -68,10 +72,11 @@ def nothing_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
         why = "its logits get a gradient, and no optimizer that holds its parameters is stepped"
     else:
         why = "its logits get a gradient and its optimizer is stepped, but the gradient does not arrive there"
+    alone = f" beside the critic's head ({', '.join(sorted(moved))})" if moved else ""
     also = " The critic has not changed either." if setup.value is not None and "value" not in real.moved else ""
     yield Finding(
-        f"After two steps not one parameter of the policy has changed: {why}.{also} It should move at every update: "
-        "check the order of backward, step and zero_grad, and which parameters the optimizer holds.",
+        f"After two steps not one parameter of the policy has changed{alone}: {why}.{also} It should move at every "
+        "update: check the order of backward, step and zero_grad, and which parameters the optimizer holds.",
         role="policy",
         confidence=Confidence.PROVEN,
         evidence=(

@@ -25,7 +25,8 @@ def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
     What it examines:
         Every parameter of the four models, bit by bit, before and after two steps: reference and reward model must be
         as they were, and so must parameters that require no gradient. Then before and after a step whose optimizers
-        are held back: whatever changes now was changed by a pass that only generates or scores.
+        are held back: whatever changes now was changed by a pass that only generates or scores. And what one update
+        has left is where the next one must begin: a head that is at its first numbers again was put back.
 
     Why it matters:
         A reference that follows the policy makes the KL penalty an empty word. A reward model that changes moves the
@@ -41,10 +42,12 @@ def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
         2. Merge an adapter into a copy, or keep the base's weights and put them back, rather than add and subtract.
         3. Cast a copy for generation; casting to bfloat16 and back rounds the weights themselves.
         4. Write what scales scores into the loop, not into the reward model's head.
+        5. A head that is swapped for scoring: save the current one before, and load that one after.
 
     Source:
         https://github.com/huggingface/trl/pull/982 (reward adapter that trains along) and
-        https://github.com/deepspeedai/DeepSpeed/issues/3363 (base weights that train beside an adapter).
+        https://github.com/deepspeedai/DeepSpeed/issues/3363 (base weights that train beside an adapter);
+        https://github.com/hiyouga/ChatGLM-Efficient-Tuning/issues/255 (a head that is put back after each scoring).
     """
     found = traced.experiments
     if traced.watched or found.real is None or not found.real.moved:
@@ -73,6 +76,8 @@ def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
                 "a step with its optimizers held back",
                 held[role],
             )
+        elif role in TRAINED and (count := found.real.put_back(role)):
+            yield _put_back(role, count)
 
 
 def _owners(model: Any) -> Mapping[str, Any]:
@@ -83,6 +88,25 @@ def _said(role: Role) -> str:
     return {"policy": "The policy", "reference": "The reference", "reward": "The reward model", "value": "The critic"}[
         role
     ]
+
+
+def _put_back(role: Role, count: int) -> Finding:
+    return Finding(
+        f"{_said(role)} is put back: updates begin at the very weights of the start although earlier ones had left "
+        "them, in its head or elsewhere. Whatever swaps weights in to score or to generate must put back those that it "
+        "found, not those that it knew first.",
+        role=role,
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                "watched parameters that are at their first numbers again when a later update begins",
+                expected="0",
+                observed=f"{count}",
+                tolerance="bit for bit",
+                where="between one update's end and the next one's start, in two whole steps",
+            ),
+        ),
+    )
 
 
 def _finding(role: Role, said: str, after: str, names: Mapping[str, float]) -> Finding:

@@ -24,7 +24,8 @@ def reference_unused(traced: Traced, kl_terms: Divergence, setup: Any) -> Iterat
     What it examines:
         With a positive kl_coef the step is run again with the reference's logits moved at the tokens of some responses.
         The rewards, read off the critic's gradient, or the policy's gradient must move. That neither does, to the bit,
-        or that the step never calls the reference at all, is the counter-example.
+        or that the step never calls the reference at all, is the counter-example. What the loss then pulls to is looked
+        at as well: the old policy, or zeros that were filled in.
 
     Why it matters:
         The penalty is all that keeps the policy near text that the reward model can judge. A KL of the policy with
@@ -66,6 +67,16 @@ def reference_unused(traced: Traced, kl_terms: Divergence, setup: Any) -> Iterat
         moves = [kl_terms.loss]  # what reaches the rewards reaches the policy
     else:
         moves = seen
+    if kl_terms.to_zero:
+        yield _finding(
+            "The KL in the loss has 0 in place of the reference's log-probabilities: nothing moves with them, and the "
+            "policy is pulled to a probability of 1. Hand what the reference gives to the loss, and never fill it in.",
+            Evidence(
+                "change of the policy's gradient with log π_ref", "other than 0", "0", "none",
+                where_of(kl_terms.loss.tokens), "the gradient's rest is that of a KL to log-probabilities of 0",
+            ),
+        )  # fmt: skip
+        return
     if place != "reward" and not _elsewhere(kl_terms, coefficient):
         if place == "loss":
             return  # a term without gradient: the estimator's fault, not the reference's

@@ -48,8 +48,10 @@ def response_mask_wrong(traced: Traced) -> Iterator[Finding]:
         https://github.com/CarperAI/trlx/pull/401 and https://github.com/CarperAI/trlx/pull/433 (the end),
         https://github.com/verl-project/verl/issues/1758 (the critic's mask). A masked gradient is 0 to the bit; what
         is below 1e-7 of the largest counts as 0. Rows that are left out whole are a choice of many recipes.
-        So is a critic that is trained in the one state past the end too, where the score stands in TRL.
+        So is a critic that is trained in the one state past the end too, where the score stands in TRL: a changed score
+        must then move its gradient there.
     """
+    from rlhf_doctor.trace.critic import unrewarded_end
     from rlhf_doctor.trace.spans import spans
 
     seen_any = False
@@ -61,7 +63,8 @@ def response_mask_wrong(traced: Traced) -> Iterator[Finding]:
         seen_any = True
         if seen.shifted:
             continue
-        if role == "value" and not past.any() and (seen.after <= 1).all():
+        one_more = role == "value" and seen.after.any() and not past.any() and (seen.after <= 1).all()
+        if one_more and not unrewarded_end(traced.experiments):
             seen.after[:] = 0  # the state past the end, where TRL's reward stands
         longer = seen.rows & (seen.lengths > 1)
         without_first = longer & ~seen.first & seen.inside.any(1)
