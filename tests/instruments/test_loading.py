@@ -155,7 +155,7 @@ def test_a_language_model_as_reward_or_value_gets_a_new_head_and_says_so(
     model = load(role, made.save(decoder("llama"), tmp_path / "c"))
     assert type(model).__name__ == f"Llama{ending}"
     assert "score.weight" in note(model).missing
-    assert model.config.num_labels == 2  # what transformers builds where config.json names no labels
+    assert model.config.num_labels == 1  # as loops do that make a critic of a language model
 
 
 def test_a_head_of_one_row_without_id2label_is_not_made_to_fit(tmp_path: Path) -> None:

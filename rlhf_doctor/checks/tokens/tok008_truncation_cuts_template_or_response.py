@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.tokens.cuts import end_cut, start_cut
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
-from rlhf_doctor.instruments.chat import turns_of
 from rlhf_doctor.instruments.prompts import Prompts
-from rlhf_doctor.instruments.readings import Manifest, TokenizerInfo
+from rlhf_doctor.instruments.readings import Manifest
 from rlhf_doctor.instruments.round_trips import Pair
 from rlhf_doctor.instruments.vocabularies import feeding_tokenizer
 
@@ -58,8 +58,8 @@ def truncation_cuts_template_or_response(
         if prompts.texts and isinstance(limit, int) and limit > 0:
             yield from _too_long(prompts, limit, info.truncation_side if info else None)
         if not prompts.texts:
-            yield from _cut_already(prompts)
-            yield from _end_cut_already(prompts, _generation_prompt(info))
+            yield from start_cut(prompts)
+            yield from end_cut(prompts, info)
     if encoded_pairs is not None:
         yield from _pairs(manifest, encoded_pairs)
 
@@ -84,63 +84,6 @@ def _too_long(prompts: Prompts, limit: int, side: str | None) -> Iterator[Findin
             Evidence("prompts above the limit", "0", f"{len(long)} of {len(prompts.rows)}", tolerance=f"{FEW:.0%}"),
         ),
     )
-
-
-def _cut_already(prompts: Prompts) -> Iterator[Finding]:
-    """Rows of the largest width that lack the first token of every shorter row."""
-    width = prompts.longest
-    full, shorter = ([r for r in prompts.rows if r and (len(r) == width) is whole] for whole in (True, False))
-    heads = {row[0] for row in shorter}
-    cut = [row for row in full if row[0] not in heads]
-    if len(heads) == 1 and len(shorter) >= 3 and cut:
-        head = next(iter(heads))
-        yield Finding(
-            f"{len(cut)} prompts of the full width of {width} tokens do not start with id {head}, as every shorter one "
-            "does: their start was cut off. Filter long prompts instead of cutting them.",
-            role="tokenizer",
-            confidence=Confidence.MEASURED,
-            evidence=(
-                Evidence("first id of a prompt of full width", str(head), str(cut[0][0]), where="prompts['input_ids']"),
-            ),
-        )
-
-
-def _generation_prompt(info: TokenizerInfo | None) -> str:
-    turns = turns_of(info) if info else None
-    return turns.ask.strip() if turns else ""
-
-
-def _end_cut_already(prompts: Prompts, ask: str) -> Iterator[Finding]:
-    """Rows of the largest width that lack the last tokens of every shorter row."""
-    width = prompts.longest
-    full, shorter = ([r for r in prompts.rows if r and (len(r) == width) is whole] for whole in (True, False))
-    tail = _common_end(shorter)
-    cut = [row for row in full if row[-len(tail) :] != tail] if tail else []
-    if len(shorter) < 3 or not cut or len(tail) < (1 if ask else 2) or len(set(shorter)) < 3:
-        return
-    what = f"the generation prompt {ask!r}" if ask else "what their format ends in"
-    yield Finding(
-        f"{len(cut)} prompts of the full width of {width} tokens lack the end that every shorter one has, {what}: it "
-        "was cut off on the right, and the policy goes on with the question. Filter long prompts instead of cutting "
-        "them.",
-        role="tokenizer",
-        confidence=Confidence.MEASURED,
-        evidence=(
-            Evidence(
-                "last ids of a prompt of full width",
-                " ".join(map(str, tail[-4:])),
-                " ".join(map(str, cut[0][-len(tail) :][-4:])),
-                where="prompts['input_ids']",
-            ),
-        ),
-    )
-
-
-def _common_end(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The last tokens that all rows share, without whatever a whole row is."""
-    most = min((len(row) for row in rows), default=1) - 1
-    same = next((n for n in range(most) if len({row[-1 - n] for row in rows}) > 1), max(most, 0))
-    return rows[0][len(rows[0]) - same :] if rows and same else ()
 
 
 def _pairs(manifest: Mapping[Role, Manifest], pairs: tuple[Pair, ...]) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.value.trunks import borrowed, shared
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
@@ -49,8 +50,8 @@ def value_target_not_detached(traced: Traced, setup: Any) -> Iterator[Finding]:
         Baird 1995, https://www.leemon.com/papers/1995b.pdf (residual gradients);
         https://github.com/huggingface/trl/issues/1108 (the value loss moving a shared trunk, normal where it is meant).
     """
-    yield from _borrowed(traced, setup)
-    yield from _shared(setup)
+    yield from borrowed(traced, setup)
+    yield from shared(setup)
     traced.needs("update values", "one score")
     found = [_unevenness(traced, s) for s in range(len(traced.base.samples))]
     seen = [f for f in found if f is not None]
@@ -120,61 +121,6 @@ def _ratios(traced: Traced) -> list[float] | None:
         if np.ptp(ratios) > np.abs(ratios).max() * (UNEVEN + ROUNDINGS * rounding(base) * size):
             return [float(r) for r in ratios]
     return None
-
-
-def _borrowed(traced: Traced, setup: Any) -> Iterator[Finding]:
-    """A head that trains on top of a body which is not its own."""
-    from rlhf_doctor.trace.critic import heads, own_parameters
-
-    parameters, real = own_parameters(setup), traced.experiments.real
-    first = heads(parameters)
-    tops = tuple(f"{name.rpartition('.')[0]}." for name in first)
-    below = [n for n in parameters if not n.startswith(tops)]
-    body = [n for n in below if parameters[n].dim() > 1 and parameters[n].requires_grad]
-    moved = real.moved.get("value", {}) if real is not None and not real.error else {}
-    if not body or not any(n in moved for n in first) or any(n in moved for n in below):
-        return
-    yield Finding(
-        "The critic's head trains and nothing below it does, although it is trainable: the head reads states that are "
-        "not the critic's own, or detached ones. Run the head on the critic's own hidden states.",
-        role="value",
-        confidence=Confidence.MEASURED,
-        evidence=(
-            Evidence(
-                "parameters of the critic below its head that changed in two training steps",
-                "some",
-                f"0 of {len(below)}, while {first[0]} changed",
-                "0, compared bit for bit",
-            ),
-        ),
-    )
-
-
-def _shared(setup: Any) -> Iterator[Finding]:
-    """A trunk that is declared to be the policy's and the critic's: the value loss moves both."""
-    if not setup.declared.get("shared_trunk"):
-        return
-    policy, value = ({id(p): p for p in _parameters(model)} for model in (setup.policy, setup.value))
-    both = [p for i, p in policy.items() if i in value and p.requires_grad]
-    if both:
-        yield Finding(
-            "Policy and critic share a trunk, as declared, so the value loss moves the policy too. That is normal; "
-            "keep vf_coef small, around 0.1.",
-            role="value",
-            severity=Severity.INFO,
-            confidence=Confidence.PROVEN,
-            evidence=(
-                Evidence(
-                    "scalars that train in both policy and critic",
-                    "any number with a shared trunk",
-                    f"{sum(p.numel() for p in both)} in {len(both)} tensors",
-                ),
-            ),
-        )
-
-
-def _parameters(model: Any) -> Iterator[Any]:
-    return iter(model.parameters()) if callable(getattr(model, "parameters", None)) else iter(())
 
 
 @value_target_not_detached.fault("the returns are computed from the values that are trained")
