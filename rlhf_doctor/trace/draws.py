@@ -323,7 +323,7 @@ def _passes(
         logs = (call.at_columns.double() - call.lse[1.0].double()[:, None]).cpu().numpy()
         inside = _responses(placed, table)
         into, tokens = (made.new, made.new_logp) if update else (made.old, made.old_logp)
-        for n in np.flatnonzero(inside):
+        for n in np.flatnonzero(inside & _as_drawn(placed, table)):
             s, t = int(placed.sample[n]), int(placed.state[n])
             if np.isnan(into[s, t]).all():
                 into[s, t], tokens[s, t] = logs[n], logp[n]
@@ -334,6 +334,26 @@ def _responses(placed: Placed, table: Table) -> NDArray[np.bool_]:
     inside: NDArray[np.bool_] = (placed.sample >= 0) & (placed.state >= 0) & (placed.state < table.tokens.shape[1])
     inside[inside] = table.real[placed.sample[inside], placed.state[inside]]
     return inside
+
+
+def _as_drawn(placed: Placed, table: Table) -> NDArray[np.bool_]:
+    """Which rows of a call come after the very tokens of their samples: a text may be another from some token on."""
+    call = placed.call
+    if call.ids.shape[1] == 1:
+        return np.ones(len(placed.sample), dtype=bool)
+    ids, rows, columns = (x.cpu().numpy() for x in (call.ids, call.rows, call.columns))
+    shared: dict[tuple[int, int], int] = {}
+    found = np.zeros(len(placed.sample), dtype=bool)
+    for n in np.flatnonzero(placed.sample >= 0):
+        b, s, state = int(rows[n]), int(placed.sample[n]), int(placed.state[n])
+        sample = table.samples[s]
+        end = int(columns[n]) % ids.shape[1] + 1  # -1 is the last column
+        if (b, s) not in shared:
+            row = ids[b, end - state - len(sample.prompt) :].tolist()
+            equal = [x == y for x, y in zip(row, sample.tokens, strict=False)]
+            shared[b, s] = equal.index(False) if False in equal else len(equal)
+        found[n] = shared[b, s] >= len(sample.prompt) + state
+    return found
 
 
 def _whole(call: Call, texts: set[tuple[int, ...]], special: Special) -> bool:

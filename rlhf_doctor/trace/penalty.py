@@ -148,6 +148,8 @@ def _later(traced: Traced) -> float:
     base, second = traced.base, traced.experiments.second
     if second is None or any(base.outside.get(f"policy_{w}", np.zeros(1)).any() for w in ("after", "prompt")):
         return 0.0
+    if any(p.altered and p.call.role == "policy" and p.call.backwards for p in second.placed):
+        return 0.0  # texts that the second step did not draw: which of their slots are masked is not known
     return float(sum(second.outside.get(f"policy_{w}", np.zeros(1)).sum() for w in ("after", "prompt")))
 
 

@@ -262,9 +262,11 @@ class Slots:
 
 
 def slots_off(base: Table, recovered: Recovered) -> Slots | None:
-    """Whether the weights are the advantages of the token before or after."""
+    """Whether the weights are the advantages of the token before or after; not where the values stand off instead."""
     weight, raw = base["weight"], recovered.raw_advantages
     if raw.shape != weight.shape or not np.isfinite(raw).any():
+        return None
+    if spans(base, "value").shifted and not spans(base, "policy").shifted:
         return None
     window = base["window"] == 0
     lengths = np.maximum(base.real.sum(1), 1)[:, None].astype(np.float64)

@@ -11,9 +11,11 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 
 if TYPE_CHECKING:
     from rlhf_doctor.instruments.agreement import Agreement
+    from rlhf_doctor.instruments.tracing import Traced
     from rlhf_doctor.trace.divergence import Divergence
     from rlhf_doctor.trace.reference import ReferenceView
 
+ALIKE = 0.02  # relative: one temperature for both, whatever is declared
 ROUNDINGS = 10  # from the mean over the vocabulary to the largest of single tokens
 
 
@@ -22,14 +24,14 @@ ROUNDINGS = 10  # from the mean over the vocabulary to the largest of single tok
     after=("REF002", "REF004"),
 )  # fmt: skip
 def reference_scores_other_tokens(
-    reference_view: ReferenceView, kl_terms: Divergence, setup: Any, agreement: Agreement | None = None
+    reference_view: ReferenceView, kl_terms: Divergence, traced: Traced, setup: Any, agreement: Agreement | None = None
 ) -> Iterator[Finding]:
     """
     What it examines:
         The reference's passes in a step beside those that the policy is trained on: the ids, the mask over pads and
         text, the positions. Where both models are the same, as at the start of a run, their log-probabilities of the
         response tokens must be the same. The temperature is the one at which the reference's log-probabilities explain
-        how rewards and gradients move when its logits are moved.
+        how rewards and gradients move when its logits are moved; it is beside the one that the policy is trained at.
 
     Why it matters:
         The KL compares two models on one text. If the reference reads pads, other positions, a text without its prompt,
@@ -49,7 +51,10 @@ def reference_scores_other_tokens(
         https://arxiv.org/abs/2403.17031, on the logits' temperature in every pass. Tolerance: ten times the square root
         of twice the KL that rounding in the models' dtype explains; pads that are read move a token by tenths of a nat.
     """
+    from rlhf_doctor.trace.odds import scoring_temperature
+
     view, heat = reference_view, float(setup.declared.get("temperature") or 1.0)
+    measured = scoring_temperature(traced.base)
     said, evidence = [], []
     if view.rows and view.others + view.altered >= max(1, view.rows // 2):
         count = view.others + view.altered
@@ -69,7 +74,8 @@ def reference_scores_other_tokens(
         evidence.append(Evidence(f"responses with the policy's {name}", f"{view.samples}", f"{view.samples - count}"))
     for place, penalty in (("rewards", kl_terms.reward), ("loss", kl_terms.loss)):
         fit = None if penalty is None else penalty.best
-        if fit is not None and fit.temperature != heat and penalty is not None:
+        alike = fit is not None and measured is not None and abs(measured[0] / fit.temperature - 1) < ALIKE
+        if fit is not None and fit.temperature != heat and not alike and penalty is not None:
             said.append(f"is read at temperature {fit.temperature:g} where the policy is at {heat:g}")
             where = f"{penalty.tokens} response tokens"
             told = f"temperature that explains the {place}"
