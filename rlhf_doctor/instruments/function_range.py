@@ -34,12 +34,14 @@ class FunctionRange:
     """``others``: scores of other texts, among them every text that the function's code mentions.
 
     ``prefill``: the end of the prompt that was put before the sampled responses, and ``behind``: their scores then;
-    empty without one.
+    empty without one. ``completed``: a text that the code mentions and that starts with what every prompt already ends
+    in, as (that end, what a response would have to be, its score, the score of the whole text).
     """
 
     others: tuple[float, ...]
     prefill: str
     behind: tuple[float, ...]
+    completed: tuple[tuple[str, str, float, float], ...] = ()
 
 
 @role_fact(Stage.PROBE)
@@ -64,7 +66,32 @@ def function_range(role: Role, models: Models, setup: Any, reward_on_samples: On
     others = score_texts(live, [prompts[i % len(prompts)] for i in range(len(texts))], texts)
     prefill = next((found for text in (_rendered(tokenizer), prompts[0]) if (found := _tag(text))), "")
     behind = score_texts(live, prompts, [prefill + r for r in responses]) if prefill else []
-    return FunctionRange(tuple(others), prefill, tuple(behind))
+    tail = _common_end({*prompts})
+    halves = [half for text in texts if (half := _begun(tail, text))]
+    rests = score_texts(live, prompts[:1] * len(halves), [rest for _, rest in halves]) if halves else []
+    wholes = score_texts(live, prompts[:1] * len(halves), [end + rest for end, rest in halves]) if halves else []
+    completed = tuple((*half, rest, whole) for half, rest, whole in zip(halves, rests, wholes, strict=True))
+    return FunctionRange(tuple(others), prefill, tuple(behind), completed)
+
+
+def _common_end(prompts: set[str]) -> str:
+    """What all of several prompts end in, empty where there is but one."""
+    one = min(prompts, key=len)
+    sizes = range(len(one), 0, -1) if len(prompts) > 1 else ()
+    return next((one[-size:] for size in sizes if all(p.endswith(one[-size:]) for p in prompts)), "")
+
+
+def _begun(tail: str, text: str) -> tuple[str, str] | None:
+    """(the whole words that the tail ends in and the text starts with, the rest of the text), None where it doesn't."""
+    tail, text = tail.rstrip(), text.lstrip()
+    for size in range(min(len(tail), len(text) - 1), 1, -1):
+        end, rest = text[:size], text[size:]
+        before = tail[-size - 1 : -size]
+        if not tail.endswith(end) or not rest.strip():
+            continue
+        if not (before[-1:] + end[0]).isalnum() and not (end[-1] + rest[0]).isalnum():
+            return end, rest
+    return None
 
 
 def _tag(text: str) -> str:

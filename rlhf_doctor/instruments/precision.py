@@ -61,14 +61,16 @@ class HeadRounding:
 
 @role_fact(Stage.PROBE)
 def lost_updates(role: Role, models: Models, setup: Any) -> LostUpdates:
-    """Look at the weights that the optimizers hold; nothing is called or changed.
+    """Look at the weights that the optimizers hold; nothing is called or changed. A reward is trained where its loss
+    is given.
 
     Raises:
         Unavailable: weights are in half precision and no optimizer that holds them is known to be Adam's kind.
     """
     live = models.get(role)
     half = [p for p in live.module.parameters() if p.requires_grad and _dtype(p) in MANTISSA and not p.is_meta]
-    if not half or role not in ("policy", "value"):
+    trained = ("policy", "value") if setup.reward_loss is None else ("policy", "value", "reward")
+    if not half or role not in trained:
         return LostUpdates(0.0, 0, "", 0.0, None, "", "")
     if live.loaded_here:
         raise Unavailable("needs the optimizers: they may keep float32 master weights")

@@ -22,7 +22,9 @@ FP16_SMALLEST = 6e-8  # the smallest positive float16; an epsilon below half of 
     after=("PRE003", "PRE004"),
 )
 def low_precision_update(
-    policy_lost_updates: LostUpdates | None = None, value_lost_updates: LostUpdates | None = None
+    policy_lost_updates: LostUpdates | None = None,
+    value_lost_updates: LostUpdates | None = None,
+    reward_lost_updates: LostUpdates | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -30,7 +32,7 @@ def low_precision_update(
         whose step is about as large as its learning rate. Counted are the weights for which that is less than half of
         their last binary digit, so that adding it changes nothing. An optimizer that keeps float32 master weights,
         rounds stochastically or carries the remainder is sound, and so is an adapter in float32 over a half-precision
-        base.
+        base. The reward's weights count where its own training is examined.
 
     Why it matters:
         bfloat16 has 8 significant bits: the neighbours of 0.02 are 6e-5 to 1.2e-4 away. A step of 1e-6 is rounded off,
@@ -52,7 +54,7 @@ def low_precision_update(
         round to nothing). float16: https://github.com/hpcaitech/ColossalAI/issues/3490. With more than half of the
         weights lost the model cannot follow its gradient; a healthy adapter in bfloat16 at 1e-4 loses about a tenth.
     """
-    found = {"policy": policy_lost_updates, "value": value_lost_updates}
+    found = {"policy": policy_lost_updates, "value": value_lost_updates, "reward": reward_lost_updates}
     if all(f is None for f in found.values()):
         raise Unavailable(
             "needs --stage probe, models in memory, and the optimizers where weights are in half precision"
@@ -72,7 +74,7 @@ def low_precision_update(
             f"The {'critic' if role == 'value' else role}'s updates are lost in rounding: {said}, and "
             f"{f.optimizer} keeps no float32 master weights. Train "
             "float32 weights under autocast, or use an optimizer with master weights.",
-            role=role,  # type: ignore[arg-type]  # both keys are roles
+            role=role,  # type: ignore[arg-type]  # all keys are roles
             confidence=Confidence.MEASURED,
             evidence=(
                 Evidence(
@@ -111,3 +113,18 @@ def _(healthy: Any) -> Any:
     critic = specimens.hand_written_critic(healthy).bfloat16()
     both = [*critic.parameters(), *healthy.policy.parameters()]
     return policies.alone(healthy, value=critic).but(optimizers=[torch.optim.Adam(both, lr=3e-6)])
+
+
+@low_precision_update.fault("a reward trained in float16 under AdamW with its default epsilon")
+def _(healthy: Any) -> Any:
+    import copy
+
+    import torch
+
+    from rlhf_doctor.selftest import policies
+    from rlhf_doctor.selftest.reward_losses import pairwise
+
+    reward = copy.deepcopy(healthy.reward).half().requires_grad_(True)
+    return policies.alone(healthy, reward=reward, policy=None, reference=None, value=None).but(
+        reward_loss=pairwise(healthy.tokenizer), optimizers=[torch.optim.AdamW(reward.parameters(), lr=1e-5)]
+    )

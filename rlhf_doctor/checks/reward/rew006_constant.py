@@ -44,7 +44,8 @@ def reward_constant(
         that drops the prompt there does not move. A reward function is asked for the policy's own samples, for
         the preference pairs, and for other texts, among them every text that its code mentions; it may well give the
         same number for all samples, as a strict verifier does, and that is info, unless nothing at all moves it, or
-        the opening tag that the prompt already ends in does.
+        the opening tag that the prompt already ends in does, or a text that its code mentions does only together with
+        the words that every prompt already ends in.
 
     Why it matters:
         If the response does not change the score, every advantage is noise around zero and PPO learns nothing while
@@ -164,6 +165,22 @@ def _of_function(
             "response, or not look for the tag."
         )
         evidence.append(Evidence("scores that change with the tag before the response", "0", f"{changed}"))
+        severity = Severity.WARNING
+    elif half := next((h for h in (wide.completed if wide else ()) if h[2] == value != h[3]), None):
+        end, rest, _, whole = half
+        message = (
+            f"The reward function gives {value:.6g} for all {texts}. It looks for a text that starts with "
+            f"{end.strip()!r}, with which every prompt already ends, so a response that goes on from there, "
+            f"{rest.strip()[:40]!r}, gets {value:.6g} too. It should be asked for that beginning and the response, or "
+            "not look for the beginning."
+        )
+        evidence.append(
+            Evidence(
+                "score of such a response, without and with the prompt's end",
+                "the same",
+                f"{value:.6g} and {whole:.6g}",
+            )
+        )
         severity = Severity.WARNING
     elif paired or (wide is not None and all(score == value for score in wide.others)):
         message = (
