@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.heads import scalar_heads
 from rlhf_doctor.checks.roles_said import spoken
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.pickled import Pickled
@@ -84,7 +85,9 @@ def _name(m: Manifest) -> str:
 
 
 def _is_language_model(role: str, m: Manifest, told: Output | None, setup: Any) -> bool:
-    if told is not None and told.kind in SCALARS:
+    # The loader puts a new head on a folder that has none: its output says nothing.
+    new_head = m.origin == "checkpoint" and not scalar_heads(m)
+    if told is not None and told.kind in SCALARS and not new_head:
         return False
     if role == "reward" and told is not None and told.kind == "vocabulary":
         return True
