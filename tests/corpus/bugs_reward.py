@@ -70,8 +70,10 @@ def peak(model: nn.Module, layer: nn.Module, height: float = 2e5) -> None:
 
 
 def loud(family: str, kind: str) -> Any:
-    """A Llama or Qwen in bfloat16 with activations of 2e5 in its first block."""
+    """A Llama or Qwen in bfloat16 with activations of 2e5 in its first block, of weights that float16 can hold."""
     model = zoo.decoder(family, kind, seed=1)
+    with torch.no_grad():
+        model.base_model.layers[0].mlp.up_proj.weight *= 1e3
     peak(model, model.base_model.layers[0].mlp.down_proj)
     return model.bfloat16()
 
