@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -93,16 +94,19 @@ def pair_row(job: tuple[str, str]) -> Row | None:
     return None if both is None else asdict(both)
 
 
-def measured(workers: int, what: Callable[[Any], Any], jobs: Sequence[Any], said: str) -> list[Any]:
-    """The rows of all jobs, in their order, made in so many processes."""
+def measured(workers: int, what: Callable[[Any], Any], jobs: Sequence[Any], kept: Path) -> list[Any]:
+    """The rows of all jobs, in their order, made in so many processes; those that ``kept`` has are taken from there."""
+    lines = kept.read_text("utf-8").splitlines() if kept.exists() else []
+    rows = {json.dumps(job): row for job, row in map(json.loads, lines)}
+    missing = [job for job in jobs if json.dumps(job) not in rows]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin) as pool:
-        rows = []
-        for n, row in enumerate(pool.map(what, jobs), 1):
-            rows.append(row)
-            print(f"\r{said}: {n} of {len(jobs)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return rows
+    with ProcessPoolExecutor(workers, context, initializer=_begin) as pool, kept.open("a", encoding="utf-8") as file:
+        for n, (job, row) in enumerate(zip(missing, pool.map(what, missing), strict=True), 1):
+            rows[json.dumps(job)] = row
+            file.write(json.dumps([job, row]) + "\n")
+            file.flush()
+            print(f"\r{kept.stem}: {n} of {len(missing)}", end="", file=sys.stderr, flush=True)
+    return [rows[json.dumps(job)] for job in jobs]
 
 
 def jobs_of_pairs(count: int) -> list[tuple[str, str]]:
@@ -224,14 +228,16 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=ROOT / "reports")
-    parser.add_argument("--rows", type=Path, help="also write what was measured, as JSON")
+    parser.add_argument("--rows", type=Path, help="a folder to keep what is measured in: a stopped run goes on there")
     given = parser.parse_args(None if arguments is None else list(arguments))
-    found = measured(given.workers, case_row, [one.name for one in cases()], "faults")
-    quiet = measured(given.workers, sound_row, [(name, seed) for name in ZOO for seed in SEEDS], "sound setups")
-    pairs = measured(given.workers, pair_row, jobs_of_pairs(PAIRS + PAIRS // 4), "pairs")
-    pairs = [row for row in pairs if row is not None][:PAIRS]
-    if given.rows:
-        given.rows.write_text(json.dumps({"found": found, "quiet": quiet, "pairs": pairs}, indent=1))
+    with tempfile.TemporaryDirectory() as temporary:
+        rows = given.rows or Path(temporary)
+        rows.mkdir(parents=True, exist_ok=True)
+        seeds = [(name, seed) for name in ZOO for seed in SEEDS]
+        found = measured(given.workers, case_row, [one.name for one in cases()], rows / "faults.jsonl")
+        quiet = measured(given.workers, sound_row, seeds, rows / "sound.jsonl")
+        both = measured(given.workers, pair_row, jobs_of_pairs(PAIRS + PAIRS // 4), rows / "pairs.jsonl")
+    pairs = [row for row in both if row is not None][:PAIRS]
     for name, text in rendered(page(found, quiet, pairs)).items():
         (given.out / name).write_text(text, "utf-8")
     return 0
