@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.reward.constant_functions import of_function
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.function_range import FunctionRange
@@ -15,8 +16,6 @@ from rlhf_doctor.instruments.preferences import PairScores
 from rlhf_doctor.instruments.prompt_use import PromptUse
 from rlhf_doctor.instruments.readings import Influence, Manifest
 from rlhf_doctor.instruments.variation import Variation
-
-FEWEST = 8
 
 
 @check(
@@ -74,7 +73,7 @@ def reward_constant(
     if reward_on_samples is None and reward_preferences is None:
         raise Unavailable("needs prompts and a policy to sample from, or preferences")
     if reward_manifest.origin == "callable":
-        yield from _of_function(reward_on_samples, reward_preferences, reward_function_range, reward_manifest)
+        yield from of_function(reward_on_samples, reward_preferences, reward_function_range, reward_manifest)
 
 
 def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> Iterator[Finding]:
@@ -138,61 +137,6 @@ def _of_prompts(use: PromptUse | None, manifest: Manifest) -> Iterator[Finding]:
             ),
         ),
     )
-
-
-def _of_function(
-    samples: OnSamples | None, pairs: PairScores | None, wide: FunctionRange | None, manifest: Manifest
-) -> Iterator[Finding]:
-    given = [*(samples.numbers if samples else ())]
-    paired = [score for pair in (pairs.with_eos if pairs else ()) for score in pair]
-    if len(given) + len(paired) < FEWEST or len({*given, *paired}) > 1:
-        return
-    value = (given or paired)[0]
-    texts = f"{len(given)} sampled responses" + (f" and {len(paired)} of the preference pairs" if paired else "")
-    evidence = [
-        Evidence(f"scores of {texts}", "at least two different ones", f"{value:.6g} for all", where=manifest.class_name)
-    ]
-    message = (
-        f"The reward function gives {value:.6g} for all {texts}. That is normal for a strict verifier and a policy "
-        "that does not yet solve the task; nothing is learned until some response scores otherwise."
-    )
-    severity: Severity | None = Severity.INFO
-    if wide is not None and any(score != value for score in wide.behind):
-        changed = sum(score != value for score in wide.behind)
-        message = (
-            f"The reward function gives {value:.6g} for all {texts}, and something else once {wide.prefill.strip()!r}, "
-            "with which the prompt already ends, is put before the response. It should be asked for that tag and the "
-            "response, or not look for the tag."
-        )
-        evidence.append(Evidence("scores that change with the tag before the response", "0", f"{changed}"))
-        severity = Severity.WARNING
-    elif half := next((h for h in (wide.completed if wide else ()) if h[2] == value != h[3]), None):
-        end, rest, _, whole = half
-        message = (
-            f"The reward function gives {value:.6g} for all {texts}. It looks for a text that starts with "
-            f"{end.strip()!r}, with which every prompt already ends, so a response that goes on from there, "
-            f"{rest.strip()[:40]!r}, gets {value:.6g} too. It should be asked for that beginning and the response, or "
-            "not look for the beginning."
-        )
-        evidence.append(
-            Evidence(
-                "score of such a response, without and with the prompt's end",
-                "the same",
-                f"{value:.6g} and {whole:.6g}",
-            )
-        )
-        severity = Severity.WARNING
-    elif paired or (wide is not None and all(score == value for score in wide.others)):
-        message = (
-            f"The reward function gives {value:.6g} for all {texts}"
-            + ("" if paired else " and for every other text that was tried")
-            + ". It should tell a good response from a bad one: look for a test that never matches, or a "
-            "result that is overwritten."
-        )
-        severity = Severity.WARNING
-        if wide is not None:
-            evidence.append(Evidence("scores of other texts", "some other than that", f"{len(wide.others)} tried"))
-    yield Finding(message, role="reward", confidence=Confidence.MEASURED, severity=severity, evidence=tuple(evidence))
 
 
 @reward_constant.fault("a softmax over one label")

@@ -25,9 +25,9 @@ def rollouts_identical(drawing: Drawing) -> Iterator[Finding]:
     """
     What it examines:
         Whether any two responses to one prompt within a step, and responses at one place of the batch in two steps in
-        a row, agree in more tokens than draws do. Every agreement is weighed with how likely the policy finds the token, so
-        that a policy which is sure of itself is no alarm. The prompts of the two steps may differ: one seed for
-        both steps still shows.
+        a row, agree in more tokens than draws do. Every agreement is weighed with how likely the policy finds the
+        token, so that a policy which is sure of itself is no alarm. The prompts of the two steps may differ: one seed
+        for both steps still shows.
 
     Why it matters:
         Samples that repeat each other carry one sample's information. Groups of copies have advantages of 0, and a run
