@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 __all__ = ["Controlled", "controlled", "expected"]
 
 KNOWN = 0.9  # of the tokens
+ROUNDING = 2.0**-23  # of a log-probability in float32
 
 
 @dataclass(frozen=True)
 class Controlled:
-    """``first`` and ``second``: coefficients; ``error``: how sure their ratio is. Of the first step: the KL of a
-    sequence and of a token, in nats, and how many samples it had."""
+    """``first`` and ``second``: coefficients; ``error``: how sure their ratio is, by what both fits and the rounding
+    of log-probabilities leave. Of the first step: the KL of a sequence and of a token, in nats, and how many samples it
+    had."""
 
     first: float
     second: float
@@ -81,6 +83,7 @@ def controlled(traced: Traced, setup: RLHFSetup, fit: Fit, place: str) -> Contro
     if found is None:
         return "the coefficient of the second step could not be read"
     coefficient, error = found
+    error += fit.misfit
     lengths = first.real.sum(1)
     kl = float(np.nansum(per_token, 1).mean())
     return Controlled(
@@ -159,7 +162,8 @@ def _in_reward(traced: Traced, table: Table, fit: Fit, f: Callable[[Any], Any]) 
     rewards = returns[:, :-1] - ahead
     x = f(old_logp(table) - reference_logp(table, fit.temperature))[:, :-1]
     inner = table.real[:, 1:] & np.isfinite(rewards) & np.isfinite(x)
-    return _slope(x[inner], -rewards[inner])
+    made = _slope(x[inner], -rewards[inner])
+    return None if made is None else (made[0], made[1] + _rounded(table, float(np.sqrt((x[inner] ** 2).mean()))))
 
 
 def _in_loss(traced: Traced, table: Table, fit: Fit, f: Callable[[Any], Any]) -> tuple[float, float] | None:
@@ -183,7 +187,16 @@ def _in_loss(traced: Traced, table: Table, fit: Fit, f: Callable[[Any], Any]) ->
             return None  # a value that was clipped hides its return, and the deviation of all with it
     a, _, c = next(iter(line.solved.values()))
     spread = float(np.nanstd(np.where(np.isfinite(weight), x, np.nan)))
-    return -c / (a * unit), line.left / (abs(c) * spread * np.isfinite(weight).sum() ** 0.5) if c and spread else np.inf
+    if not c or not spread:
+        return -c / (a * unit), np.inf
+    error = line.left / (abs(c) * spread * np.isfinite(weight).sum() ** 0.5)
+    return -c / (a * unit), error + _rounded(table, spread)
+
+
+def _rounded(table: Table, size: float) -> float:
+    """How much of log-ratios of this size is the rounding of the log-probabilities that they are taken from."""
+    logs = np.abs(old_logp(table)[table.real])
+    return ROUNDING * float(np.nanmax(logs, initial=0.0)) / size if size else float("inf")
 
 
 def _plain_mean(table: Table, line: Line, unit: float) -> bool:

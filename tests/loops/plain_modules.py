@@ -534,7 +534,8 @@ def build(fault: str | None = None, reward: Literal["model", "texts"] = "model")
             loss = (w * (sign * surrogate + vf * 0.5 * square + bonus * entropy)).sum()
             if fault == "ratio_at_pads_infinite_times_zero":
                 grid = F.log_softmax(logits / t, -1).gather(-1, actions[rows][..., None])[..., 0]
-                gain = (grid - old[rows].masked_fill(~k, -torch.inf)).exp() * adv[rows] * k
+                far = (grid - old[rows].masked_fill(~k, -torch.inf)).exp()
+                gain = torch.min(far * adv[rows], far.clamp(low, high) * adv[rows]) * k
                 loss = (w * (vf * 0.5 * square + bonus * entropy)).sum() - (gain.sum(1) / k.sum(1)).mean()
             if fault != "gradients_pile_up":
                 adam_p.zero()

@@ -42,7 +42,8 @@ def kl_controller_inert(kl_controller: Controlled, setup: Any) -> Iterator[Findi
     Source:
         Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2 (the controller); told the KL of a token:
         https://github.com/CarperAI/trlx/issues/438; always adaptive: https://github.com/huggingface/trl/issues/18.
-        Tolerance: five standard errors of the fit, at least 1e-4; only the direction of an adaptive one is judged.
+        Tolerance: five errors of the ratio, by what both steps' fits and float32 leave, at least 1e-4; only the
+        direction of an adaptive one is judged.
     """
     found, adaptive = kl_controller, bool(setup.declared.get("kl_adaptive"))
     tolerance = max(ERRORS * found.error, LEAST)
