@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         code = importlib.import_module(f"loops.{style}").FAULTS[given["fault"]][0]
         test = item.location[0] + getattr(item, "originalname", "")
-        if (test, code, style) in seen or kept[test, code] >= (1 if "loops" in test else 3):
+        if (test, code, style) in seen or kept[test, code] >= (1 if "loops" in test else 2):
             item.add_marker(pytest.mark.exhaustive)
         else:
             kept[test, code] += 1
