@@ -1,4 +1,4 @@
-"""Everything runs where the corpus is asked for by name; elsewhere a sample: some cases, and some setups with one seed."""
+"""Everything runs where the corpus is asked for by name; elsewhere some cases, and some setups with one seed."""
 
 from __future__ import annotations
 
