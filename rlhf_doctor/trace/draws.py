@@ -12,6 +12,7 @@ import torch
 
 from rlhf_doctor.finding import Role
 from rlhf_doctor.trace.runs import Run
+from rlhf_doctor.trace.sampler import bend_of
 from rlhf_doctor.trace.table import Placed, Places, Special, Table, _logp, _place
 from rlhf_doctor.trace.taps import Call
 
@@ -58,6 +59,7 @@ class Draws:
         sampled: (S, T, C) log-probabilities (at temperature 1) of fixed vocabulary entries where tokens were drawn.
         old: the same in the pass over whole texts before the update, ``new`` in the update's first pass.
         old_logp: of the drawn token at the table's temperature; ``new_logp`` likewise.
+        left_out, bent: how much of the distribution a draw left out, and by how many nats it moved odds, where seen.
         contexts: sample -> the ids that the sampler was given before the first token.
         strange: what was drawn and altered before it was trained on.
         placed, lost: how many rows of the pass before the update, and of the update's, belong to a sample, and to none.
@@ -69,6 +71,8 @@ class Draws:
     new: Floats
     old_logp: Floats
     new_logp: Floats
+    left_out: Floats
+    bent: Floats
     contexts: dict[int, tuple[int, ...]]
     strange: list[Strange]
     copies: int  # rows of the pass before the update that are another row once more
@@ -153,8 +157,8 @@ def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Dr
     shape = (*table.tokens.shape, width)
     made = Draws(
         np.full(len(table.samples), -1), np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan),
-        np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), {}, _strange(calls, episodes, special),
-        0, {"old": 0, "new": 0}, {"old": 0, "new": 0},
+        np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), np.full(shape[:2], np.nan),
+        {}, _strange(calls, episodes, special), 0, {"old": 0, "new": 0}, {"old": 0, "new": 0},
     )  # fmt: skip
     offset = 0
     for chain in episodes:
@@ -182,6 +186,7 @@ def _match(made: Draws, chain: Chain, b: int, offset: int, table: Table, special
         if at is not None:
             assert call.at_columns is not None
             made.sampled[best, t] = (call.at_columns[at].double() - call.lse[1.0][at].double()).cpu().numpy()
+            made.left_out[best, t], made.bent[best, t] = bend_of(call, at, table.temperature)
 
 
 def _said(chain: Chain, b: int, special: Special) -> tuple[int, ...]:

@@ -181,17 +181,20 @@ def weighed(traced: Traced) -> Other | None:
     for scale in (1.0, lengths):
         y = np.where(first, weight * scale, np.nan)
         plain, n = _misfit(y, raw, np.ones(y.shape))
-        for name, log_ratio in (("at temperature 1", base["logp"] - untempered),):
-            ratio = np.exp(log_ratio)
+        for name, old in (
+            ("taken at temperature 1", untempered),
+            ("divided by it after the softmax", untempered / declared),
+        ):
+            ratio = np.exp(base["logp"] - old)
             other, _ = _misfit(y, raw, ratio)
             if n >= 6 and other < EXPLAINED and plain > 5 * EXPLAINED and plain > 20 * other:
                 return Other(
-                    f"The loss weighs tokens as if the old log-probabilities were taken {name} and the new ones at "
-                    f"{declared:g}, so the ratio is not 1 before the first update. Divide the logits by one "
-                    "temperature in both passes.",
+                    f"The loss weighs tokens as if new log-probabilities were taken at temperature {declared:g} and "
+                    f"old ones were {name}, so the ratio is not 1 before the first update. Divide the logits by "
+                    "one temperature in both passes, before the softmax.",
                     "distance of the weights from advantages times the ratio, of their range",
                     "0 with a ratio of 1",
-                    f"{plain:.2g} with it; {other:.2g} with old ones {name}",
+                    f"{plain:.2g} with it; {other:.2g} if the old ones are {name}",
                     f"{EXPLAINED:g}",
                     f"{n} tokens of the first minibatch",
                 )

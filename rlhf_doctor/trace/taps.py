@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.instruments.calling import pick
+from rlhf_doctor.trace.sampler import Shown, shown
 
 if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup
@@ -38,6 +39,7 @@ MOVES = frozenset(
      "scatter", "where", "type_as", "expand_as", "view_as", "cpu", "cuda", "movedim", "swapaxes", "t", "unbind"}
 )  # fmt: skip
 DRAWS = frozenset({torch.multinomial, torch.Tensor.multinomial, torch.searchsorted})  # the last: of cumulated odds
+WEIGHED = frozenset({torch.multinomial, torch.Tensor.multinomial})  # of odds as they are
 PEAKS = frozenset({torch.argmax, torch.Tensor.argmax})  # of noisy or greedy scores
 PROJECTIONS = frozenset(
     {
@@ -100,6 +102,7 @@ class Call:
     weights: Tensor | None = None  # a few numbers of the role's parameters at the time, to see who has been updated
     backwards: int = 0
     drew: Tensor | None = None  # (B,) what was drawn from its last rows, where a draw was seen
+    shown: Shown | None = None  # what it was drawn from
     handle: Any = None
 
     @property
@@ -265,7 +268,7 @@ class Recorder(TorchFunctionMode):
         if func in LOOKUPS:
             self._looked_up((*args, *(kwargs or {}).values()), result)
         if func in DRAWS or func in PEAKS:
-            self._drew(args[0] if args else None, result, func in DRAWS)
+            self._drew(args[0] if args else next(iter((kwargs or {}).values()), None), result, func)
         if self._lookups and type(result) is Tensor:
             shape = result.shape
             if (
@@ -279,14 +282,15 @@ class Recorder(TorchFunctionMode):
                         lookup.hidden = result
         return result
 
-    def _drew(self, given: Any, result: Any, surely: bool) -> None:
+    def _drew(self, given: Any, result: Any, func: Callable[..., Any]) -> None:
         """Keep one token a row, drawn from something as wide as the vocabulary after the policy's last call."""
         call = next((c for c in reversed(self.calls[-3:]) if c.role == "policy"), None)
         if call is None or call.with_grad or not isinstance(given, Tensor) or not isinstance(result, Tensor):
             return
         wide = given.is_floating_point() and given.dim() and given.shape[-1] == call.size
-        if wide and result.numel() == len(call.ids) and (surely or call.drew is None):
+        if wide and result.numel() == len(call.ids) and (func in DRAWS or call.drew is None):
             call.drew = result.detach().reshape(-1).clone()
+            call.shown = shown(call, given.reshape(-1, call.size)) if func in WEIGHED and given.dim() < 3 else None
 
     def _owned(self, table: Mapping[int, set[Role]], values: Sequence[Any]) -> set[Role] | None:
         for value in values:

@@ -40,7 +40,9 @@ def sampler_not_policy(
         generation_config.json that the policy brings along, which engines and generate() use for whatever the loop
         leaves open. A shipped value counts unless a declared one of the same name replaces it. Values that change
         nothing (top_p 1, top_k 0 or -1, penalties of 1) and whether sampling is on by default do not count. Where a
-        step can be watched, the drawn tokens too: whether none was drawn below some place in the order of likelihood.
+        step can be watched, the draws too: whether the odds that torch.multinomial was given leave out part of the
+        softmax of the logits or move likely tokens, and whether no token below some place in the order of likelihood
+        was drawn. If the loss leaves out likely tokens too, the odds are not held against the sampler.
 
     Why it matters:
         The loss takes log-probabilities from the plain softmax. If tokens were drawn from a cut or bent distribution,
@@ -86,7 +88,36 @@ def sampler_not_policy(
             evidence=tuple(_evidence(shipped, where)),
         )
     if drawing is not None and not declared:
-        yield from _cut(drawing)
+        yield from _bent(drawing) or _cut(drawing)
+
+
+def _bent(drawing: Drawing) -> list[Finding]:
+    """What tokens were seen to be drawn from is no softmax of the logits."""
+    from rlhf_doctor.trace import sampler
+
+    found = sampler.bends(drawing)
+    if found is None:
+        return []
+    how = [f"leaves out up to {found.left_out:.0%} of it"] if found.left_out > sampler.LEFT_OUT else []
+    how += [f"moves the odds of likely tokens by up to {found.nats:.2g} nats"] if found.nats else []
+    return [
+        Finding(
+            f"The sampler does not draw from the distribution that log-probabilities are taken from: it "
+            f"{' and '.join(how)}. Sample with top_k=0, top_p=1 and no penalties or suppressed tokens, each passed "
+            "explicitly.",
+            role="loop",
+            confidence=Confidence.PROVEN,
+            evidence=(
+                Evidence(
+                    "odds that tokens were drawn with, beside a softmax of the logits",
+                    expected="no likely token at 0 or off the line",
+                    observed=f"off at {found.tokens} of {found.of} drawn tokens",
+                    tolerance=f"{sampler.LEFT_OUT:.0%} left out, {sampler.BENT:g} nats",
+                    where="rollouts of both steps",
+                ),
+            ),
+        )
+    ]
 
 
 def _cut(drawing: Drawing) -> Iterator[Finding]:
