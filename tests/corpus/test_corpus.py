@@ -33,7 +33,7 @@ def sampled() -> Iterator[Any]:
         yield pytest.param(case, id=case.name, marks=[pytest.mark.whole_corpus] if more else [])
 
 
-@pytest.mark.parametrize("case", sampled())
+@pytest.mark.parametrize("case", list(sampled()))
 def test_a_fault_is_found(case: Case, given: Given) -> None:
     said = judge(case, given)
     given.shared.drop_copies()
