@@ -25,6 +25,7 @@ __all__ = [
     "follow_the_policy",
     "gradients_kept",
     "half_precision_ratio",
+    "in_bfloat16",
     "larger_of_the_two",
     "mask_multiplied",
     "mean_of_micro_means",
@@ -118,6 +119,13 @@ def half_precision_ratio(
     """A ratio in float16, which ends at 65504."""
     a, ratio = advantage.masked_fill(~mask, 0), (logp - old).masked_fill(~mask, 0).half().exp().float()
     return ops.masked_mean(-torch.minimum(ratio * a, ratio.clamp(1 - epsilon, 1 + epsilon) * a), mask, count)
+
+
+def in_bfloat16(
+    logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, epsilon: float, count: Any = None
+) -> Tensor:
+    """Everything in bfloat16."""
+    return ops.clipped_policy_loss(logp.bfloat16(), old.bfloat16(), advantage.bfloat16(), mask, epsilon, count)
 
 
 def micro_mean(logp: Tensor, old: Tensor, a: Tensor, mask: Tensor, epsilon: float, count: Any = None) -> Tensor:

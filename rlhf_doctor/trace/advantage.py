@@ -14,6 +14,7 @@ import numpy as np
 
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.trace.recover import Recovered, _fit_windows, masked, policy_response, return_response, shared_scores
+from rlhf_doctor.trace.weighting import half_precision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,6 +158,8 @@ def _of_policy(traced: Traced, experiment: Experiment) -> Floats:
         return experiment.moved(traced.base, "weight")
     if max((p.call.rounding for p in traced.base.placed if p.call.role == "policy"), default=0.0) > ROUNDED:
         raise Unavailable("needs the policy's logits in float32: half precision rounds away what is looked for")
+    if half_precision(traced):
+        raise Unavailable("needs a policy loss in float32: half precision rounds away what is looked for")
     return policy_response(traced.recovered, traced.experiments, experiment)
 
 

@@ -23,10 +23,22 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["SOUND", "Pass", "Weighting", "group_relative", "line", "one_sign_missing", "slope_sign", "weighting"]
+__all__ = [
+    "SOUND",
+    "Pass",
+    "Weighting",
+    "group_relative",
+    "half_precision",
+    "line",
+    "one_sign_missing",
+    "slope_sign",
+    "weighting",
+]
 
 FITS = 1e-2  # of the weights' range: float32 leaves 1e-6, penalties in the loss some 1e-3, another advantage tenths
 ALIKE = 1e-2  # of a divisor: rounding leaves 1e-5; the tokens of two minibatches differ by more
+EXACT = 1e-5  # relative: float32 leaves 1e-6, and rounding moves a number by some 1e-3 in bfloat16, 1e-4 in float16
+MANY = 16  # different weights: advantages of a few whole numbers are numbers of every precision
 SOUND = ("token-mean", "seq-mean", "seq-sum", "sum", "fixed")
 
 
@@ -158,6 +170,27 @@ def _through_0(x: Floats, y: Floats) -> tuple[float, float, float]:
     ratio = y[x != 0] / x[x != 0]
     middle = float(np.median(ratio)) if len(ratio) > 1 else float("nan")
     return middle, 0.0, float(np.abs(ratio / middle - 1).max()) if middle else float("nan")
+
+
+def half_precision(traced: Traced) -> str:
+    """The half precision that the loss is computed in, though the head gives float32; empty where none shows.
+
+    Every token's weight is then a number of that precision, at ratio 1 and where the update's ratios were moved.
+    """
+    import torch
+
+    moved = traced.experiments.done.get("update logits")
+    called = [p.call.rounding for p in traced.base.placed if p.call.role == "policy"]
+    if moved is None or max(called, default=1.0) > EXACT:
+        return ""
+    found = [table["weight"][table.real] for table in (traced.base, moved.table)]
+    weights = [torch.as_tensor(w[np.isfinite(w) & (w != 0)]) for w in found]
+    if any(len(set((1024 * torch.frexp(w).mantissa).round().tolist())) < MANY for w in weights):
+        return ""
+    for kind in (torch.bfloat16, torch.float16):
+        if all(bool(((w.to(kind).double() / w - 1).abs() < EXACT).all()) for w in weights):
+            return str(kind).removeprefix("torch.")
+    return ""
 
 
 # ---- what the sums are divided by ------------------------------------------------------------------------------------
