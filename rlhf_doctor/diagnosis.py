@@ -16,6 +16,7 @@ __all__ = ["EXPLAINS", "Diagnosis", "diagnose"]
 EXPLAINS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "CFG004": ("SYS001", "SYS007"),
+        "TOK001": ("ROL005", "ROL004"),
         "TOK002": ("REW004", "REW005", "TOK001"),
         "REW004": ("TOK001", "REW005", "REW006", "REW009", "TOK005", "REW012", "REW013"),
         "REW005": ("REW009", "REW012", "REW013"),

@@ -7,9 +7,11 @@ from typing import Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.checks.roles_said import spoken
+from rlhf_doctor.checks.rollout.sampling import listed
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.eos_use import EosUse
 from rlhf_doctor.instruments.prompts import PaddedPrompts
+from rlhf_doctor.instruments.tracing import Traced
 from rlhf_doctor.instruments.vocabularies import Fed
 
 
@@ -18,12 +20,15 @@ def pad_is_eos(
     vocabularies: Mapping[Role, Fed],
     padded_prompts: PaddedPrompts | None = None,
     eos_use: Mapping[Role, EosUse] | None = None,
+    traced: Traced | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
         Whether pad and EOS are one id, and then whether anything takes one for the other: prompts that are given as
         ids without a mask, a mask that is 0 at an EOS between real tokens, and models in which an EOS in the middle of
-        a text has no influence although the mask says that it is there. The shared id alone is mentioned, no more.
+        a text has no influence although the mask says that it is there. Where a step can be watched, also whether the
+        policy is trained on the last token of every response but of those that end in EOS. The shared id alone is
+        mentioned, no more.
 
     Why it matters:
         GPT-2 and many others have no pad token, and reusing EOS is sound as long as masks say what is real. Where a
@@ -74,7 +79,21 @@ def pad_is_eos(
                 ),
             ),
         )
-    if not inferred and not hidden:
+    ends = _untrained_ends(traced, fed.pad_id)
+    if ends:
+        yield Finding(
+            "Pad and EOS are one id, and the policy is trained on every token of its responses but EOS: a label "
+            "filter, an ignore_index or a mask takes it for a pad, and ending is never learned. Let the response mask "
+            "say what is a pad, by the first EOS of each response.",
+            role="loop",
+            severity=Severity.ERROR,
+            confidence=Confidence.MEASURED,
+            evidence=(
+                shared,
+                Evidence("gradient at the policy's head where EOS was drawn", "as at other tokens", "0", where=ends),
+            ),
+        )
+    if not inferred and not hidden and not ends:
         yield Finding(
             "Pad and EOS are one id. That is sound as long as masks come from the tokenizer and are never computed "
             "from ids; a reward model that pools by pad id then reads the token before EOS, as everywhere.",
@@ -83,6 +102,15 @@ def pad_is_eos(
             confidence=Confidence.PROVEN,
             evidence=(shared,),
         )
+
+
+def _untrained_ends(traced: Traced | None, token: int) -> str:
+    if traced is None:
+        return ""
+    from rlhf_doctor.trace.ends import untrained_ends
+
+    samples = untrained_ends(traced.base, token)
+    return listed(samples) if samples else ""
 
 
 def _in_prompts(prompts: PaddedPrompts, pad: int) -> Iterator[Evidence]:
