@@ -65,12 +65,15 @@ def lost_updates(role: Role, models: Models, setup: Any) -> LostUpdates:
     is given.
 
     Raises:
-        Unavailable: weights are in half precision and no optimizer that holds them is known to be Adam's kind.
+        Unavailable: the role is not trained, or its weights are in half precision and no optimizer that holds them is
+            known to be Adam's kind.
     """
     live = models.get(role)
     half = [p for p in live.module.parameters() if p.requires_grad and _dtype(p) in MANTISSA and not p.is_meta]
     trained = ("policy", "value") if setup.reward_loss is None else ("policy", "value", "reward")
-    if not half or role not in trained:
+    if role not in trained:
+        raise Unavailable(f"needs a {role} model that is trained")
+    if not half:
         return LostUpdates(0.0, 0, "", 0.0, None, "", "")
     if live.loaded_here:
         raise Unavailable("needs the optimizers: they may keep float32 master weights")
