@@ -70,6 +70,9 @@ def invariance(role: str, setup: Any, models: Models, inputs: Inputs, output: Ou
             change = Shift(_apart(beside, moved), tolerance, scale, f"other neighbours, {side} padding")
             if "neighbours" not in shifts or not change.largest <= shifts["neighbours"].largest:
                 shifts["neighbours"] = change
+        if role in ("policy", "reference") and _packs(setup):
+            moved_by = [_packed(live, other[: len(text)], text) for other in (others[-1], changed[-1])]
+            shifts["packed neighbours"] = Shift(_apart(*moved_by), tolerance, scale, "behind other texts in its row")
         if role in ("policy", "reference"):
             try:
                 cached = _with_cache(live, text[:CACHED])
@@ -97,6 +100,24 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.shape != b.shape:
         raise Unavailable("the output of one text changes its size with what stands beside it in the batch")
     return float((a - b).abs().max())
+
+
+def _packs(setup: Any) -> bool:
+    """Whether the setup's prompts are several to a row, told apart by masks of 1, 2, …"""
+    rows = setup.prompts.get("attention_mask") if isinstance(setup.prompts, Mapping) else None
+    return rows is not None and any(int(m) > 1 for row in rows for m in row)
+
+
+def _packed(live: Live, before: tuple[int, ...], text: tuple[int, ...]) -> torch.Tensor:
+    """Log-probabilities of a text that stands behind another one in its row, under a mask of ones and twos."""
+    import torch
+
+    ids = torch.tensor([[*before, *text]], device=live.device)
+    mask = torch.tensor([[1] * len(before) + [2] * len(text)], device=live.device)
+    tensor = live.read(ids, mask).tensor.double().cpu()
+    if tuple(tensor.shape[:2]) != tuple(ids.shape):
+        raise Unavailable("the output of a packed row does not have its width")
+    return following(tensor[0, len(before) :], text)
 
 
 def _pads_left(role: str, setup: Any, inputs: Inputs) -> bool:

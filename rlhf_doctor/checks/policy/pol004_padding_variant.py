@@ -10,13 +10,15 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, S
 from rlhf_doctor.instruments.readings import Architecture, Invariance
 from rlhf_doctor.instruments.repeats import random_in_eval
 
-CHANGES = ("left padding", "right padding", "neighbours")
+CHANGES = ("left padding", "right padding", "neighbours", "packed neighbours")
 CAUSES = {
     "left padding": "Pads on the left are attended to or counted as positions: mask them in the attention and derive "
     "positions from the mask, (mask.cumsum(-1) - 1).clamp(min=0).",
     "right padding": "Pads on the right reach real tokens: apply a causal and a padding mask, and normalise each "
     "position by itself.",
     "neighbours": "Rows of a batch reach each other: normalise within a row, and call the model in eval mode.",
+    "packed neighbours": "The mask of 1, 2, … that tells packed texts apart is taken for a boolean one: use an "
+    "attention that reads it (flash attention's variable lengths), or give every text a row of its own.",
 }
 
 
@@ -37,7 +39,8 @@ def policy_padding_variant(
         Log-probabilities of one text alone, then beside longer texts with pads on the right, on the left, and with
         other neighbours. The model is called as well as it can be: with its mask, and with positions that follow from
         the mask where it takes them. What still moves is the model's own doing. For a model without a mask the left
-        side counts only if the tokenizer pads there and the prompts differ in length.
+        side counts only if the tokenizer pads there and the prompts differ in length. Where prompts are packed under a
+        mask of 1, 2, … a text is also read behind other texts in its row.
 
     Why it matters:
         The same response is scored in the rollout, in every minibatch and by the reference, each time beside other
@@ -55,7 +58,8 @@ def policy_padding_variant(
 
     Source:
         https://github.com/huggingface/trl/issues/469 and https://github.com/huggingface/trl/pull/6819 (positions),
-        https://github.com/huggingface/trl/pull/2708 (mask), https://github.com/huggingface/transformers/pull/29583.
+        https://github.com/huggingface/trl/pull/2708 (mask), https://github.com/OpenRLHF/OpenRLHF/issues/587
+        (packed), https://github.com/huggingface/transformers/pull/29583.
         The tolerance is what rounding explains: float32 passes of one text differ by some 1e-6 of the spread of its
         log-probabilities between batch shapes, bfloat16 by some 1e-2; a wrong mask or position moves them by tenths.
     """
