@@ -178,7 +178,7 @@ def page(found: Sequence[Row], quiet: Sequence[Row], pairs: Sequence[Row]) -> di
     """Everything that both forms of the report show."""
     why = reasons()
     return {
-        "command": COMMAND,
+        "command": " ".join([COMMAND, *(f"--{name} {of}" for name, of, all_ in _measured(quiet, pairs) if of != all_)]),
         "totals": [
             *totals(found),
             ("false alarms on sound setups (setup and seed)", share(sum(bool(r["alarms"]) for r in quiet), len(quiet))),
@@ -186,7 +186,13 @@ def page(found: Sequence[Row], quiet: Sequence[Row], pairs: Sequence[Row]) -> di
             ("two faults at once: each of them a root", share(sum(all(r["roots"]) for r in pairs), len(pairs))),
             ("two faults at once: each of them told", share(sum(all(r["told"]) for r in pairs), len(pairs))),
         ],
-        "counts": (len(found), len({r["bug"] for r in found}), len({r["name"] for r in quiet}), len(SEEDS)),
+        "counts": (
+            len(found),
+            len({r["bug"] for r in found}),
+            len({r["name"] for r in quiet}),
+            len({r["seed"] for r in quiet}),
+            len(pairs),
+        ),
         "stages": sorted(grouped(found, lambda r: r["stage_wanted"]), key=lambda g: ORDER.index(Stage(g[0]))),
         "families": grouped(found, lambda r: r["codes"][0][:3]),
         "cases": [{**r, "url": bugs()[r["bug"]].url, "why": why.get(r["case"], "")} for r in found],
@@ -196,6 +202,11 @@ def page(found: Sequence[Row], quiet: Sequence[Row], pairs: Sequence[Row]) -> di
         "pairs": [r for r in pairs if not all(r["roots"])],
         "left_out": [one for one in bugs().values() if one.left_out],
     }
+
+
+def _measured(quiet: Sequence[Row], pairs: Sequence[Row]) -> list[tuple[str, int, int]]:
+    """How many seeds and pairs were measured, and how many there are by default."""
+    return [("seeds", len({r["seed"] for r in quiet}), len(SEEDS)), ("pairs", len(pairs), PAIRS)]
 
 
 def _explained(rows: Sequence[Row]) -> tuple[int, int]:
@@ -227,17 +238,19 @@ def main(arguments: Iterable[str] | None = None) -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="of each sound setup")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="of faults at once")
     parser.add_argument("--out", type=Path, default=ROOT / "reports")
     parser.add_argument("--rows", type=Path, help="a folder to keep what is measured in: a stopped run goes on there")
     given = parser.parse_args(None if arguments is None else list(arguments))
     with tempfile.TemporaryDirectory() as temporary:
         rows = given.rows or Path(temporary)
         rows.mkdir(parents=True, exist_ok=True)
-        seeds = [(name, seed) for name in ZOO for seed in SEEDS]
+        seeds = [(name, seed) for seed in SEEDS[: given.seeds] for name in ZOO]
         found = measured(given.workers, case_row, [one.name for one in cases()], rows / "faults.jsonl")
         quiet = measured(given.workers, sound_row, seeds, rows / "sound.jsonl")
-        both = measured(given.workers, pair_row, jobs_of_pairs(PAIRS + PAIRS // 8), rows / "pairs.jsonl")
-    pairs = [row for row in both if row is not None][:PAIRS]
+        both = measured(given.workers, pair_row, jobs_of_pairs(given.pairs + given.pairs // 8), rows / "pairs.jsonl")
+    pairs = [row for row in both if row is not None][: given.pairs]
     for name, text in rendered(page(found, quiet, pairs)).items():
         (given.out / name).write_text(text, "utf-8")
     return 0
