@@ -129,7 +129,7 @@ def policy_with(config: Any, generation: Any) -> Any:
         ([2, 7], [2, 7], ""),
         (None, [2, 7], ""),
         (5000, 2, ""),
-        (2, None, ""),
+        (2, None, "info"),
         (None, None, "info"),
         (5000, 5000, "info"),
         (7, 7, "error"),

@@ -222,7 +222,7 @@ def test_fresh_head_on_a_folder_is_normal_where_declared(healthy_files: RLHFSetu
     rewrite_tensors(healthy_files.path("value"), beheaded)  # type: ignore[arg-type]
     assert "VAL007" in grave(healthy_files.but(declared={"value_init": "reward"}))
     assert "VAL007" in grave(healthy_files.but(declared={"value_init": None}))
-    assert "VAL007" not in findings(healthy_files.but(declared={"value_init": "fresh"}))
+    assert "VAL007" not in grave(healthy_files.but(declared={"value_init": "fresh"}))
 
 
 @pytest.mark.parametrize("declared", ["policy", "fresh", None])

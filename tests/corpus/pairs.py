@@ -42,7 +42,10 @@ def composed(one: Case, other: Case, given: Mapping[str, Any]) -> RLHFSetup | No
     """A setup with both faults; None where they change the same thing."""
     healthy = given["healthy"]
     left = one.setup(given)
-    right = other.setup({**given, "healthy": left})
+    try:
+        right = other.setup({**given, "healthy": left})
+    except Exception:  # it cannot be made of what the first left: of a module that is no Hugging Face model
+        return None
     of_left, of_right = changed(healthy, left), changed(left, right)
     if of_left & of_right - LEAVES_OUT or any(
         getattr(left, role) is not getattr(right, role) for role in of_left & set(MODEL_ROLES)

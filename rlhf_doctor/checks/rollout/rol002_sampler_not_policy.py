@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.rollout.seen_draws import bent, cut
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.drawing import Drawing
 from rlhf_doctor.instruments.rates import number
@@ -88,60 +89,7 @@ def sampler_not_policy(
             evidence=tuple(_evidence(shipped, where)),
         )
     if drawing is not None and not declared:
-        yield from _bent(drawing) or _cut(drawing)
-
-
-def _bent(drawing: Drawing) -> list[Finding]:
-    """What tokens were seen to be drawn from is no softmax of the logits."""
-    from rlhf_doctor.trace import sampler
-
-    found = sampler.bends(drawing)
-    if found is None:
-        return []
-    how = [f"leaves out up to {found.left_out:.0%} of it"] if found.left_out > sampler.LEFT_OUT else []
-    how += [f"moves the odds of likely tokens by up to {found.nats:.2g} nats"] if found.nats else []
-    return [
-        Finding(
-            f"The sampler does not draw from the distribution that log-probabilities are taken from: it "
-            f"{' and '.join(how)}. Sample with top_k=0, top_p=1 and no penalties or suppressed tokens, each passed "
-            "explicitly.",
-            role="loop",
-            confidence=Confidence.PROVEN,
-            evidence=(
-                Evidence(
-                    "odds that tokens were drawn with, beside a softmax of the logits",
-                    expected="no likely token at 0 or off the line",
-                    observed=f"off at {found.tokens} of {found.of} drawn tokens",
-                    tolerance=f"{sampler.LEFT_OUT:.0%} left out, {sampler.BENT:g} nats",
-                    where="rollouts of both steps",
-                ),
-            ),
-        )
-    ]
-
-
-def _cut(drawing: Drawing) -> Iterator[Finding]:
-    """The drawn tokens all lie among the likely ones."""
-    from rlhf_doctor.trace import odds
-
-    heat, cut = odds.heat(drawing), odds.cut_odds(drawing)
-    if cut is None or cut[0] < max(odds.ALARM, heat.log_odds) or heat.log_odds < odds.ALARM:
-        return
-    yield Finding(
-        "No unlikely token was drawn: the sampler leaves out a part of the distribution that the log-probabilities are "
-        "taken from. Sample with top_k=0, top_p=1 and no penalties, each passed explicitly.",
-        role="loop",
-        confidence=Confidence.MEASURED,
-        evidence=(
-            Evidence(
-                "odds that unlikely tokens are left out, as a logarithm",
-                expected="below 3",
-                observed=f"{cut[0]:.1f}; of some states {1 - cut[1]:.0%} of the distribution",
-                tolerance=f"{odds.ALARM:.1f}",
-                where=f"{heat.tokens} drawn tokens",
-            ),
-        ),
-    )
+        yield from bent(drawing) or cut(drawing)
 
 
 def _shipped(manifest: Manifest, declared: Mapping[str, Any]) -> dict[str, Any]:
