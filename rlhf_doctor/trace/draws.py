@@ -253,6 +253,9 @@ def _strange(calls: Sequence[Call], episodes: Sequence[Chain], special: Special)
         if not rests:
             continue
         rest, text = max(rests, key=lambda r: sum(x == y for x, y in zip(r[0], said, strict=False)))
+        if len(rest) >= len(said) and all(x in (y, special.pad) for x, y in zip(said, rest, strict=False)):
+            matched.add(text)  # a pad that was drawn as a token may be masked, as any other is
+            continue
         cut = said[: len(rest)] == rest and said[len(rest) :][:1] != said[-1:]
         if not cut or said[len(rest)] in special.eos:
             matched.add(text)

@@ -52,7 +52,10 @@ def filled(traced: Traced) -> Filled | None:
     for expected in _expected(weight, traced):
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = weight / expected
-        known = np.isfinite(ratio) & (np.abs(expected) > 0.05 * np.nanmedian(np.abs(expected)))
+        sizes = np.abs(expected)[np.isfinite(expected)]
+        if not len(sizes):
+            continue
+        known = np.isfinite(ratio) & (np.abs(expected) > 0.05 * np.median(sizes))
         other = known & (np.abs(ratio - 1) > OFF)
         if (known & (np.abs(ratio - 1) < EXACT)).sum() < max(USUAL * known.sum(), 2 * FEW) or not other.any():
             continue

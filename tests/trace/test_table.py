@@ -40,3 +40,17 @@ def test_what_is_gathered_past_the_end_is_no_token() -> None:
 
 def test_tokens_stand_where_they_were_drawn() -> None:
     assert np.array_equal(last_tokens([[4]], [[7, 8, 4, 2]]), [(4, 2)])
+
+
+def test_a_pad_that_was_drawn_as_a_token_may_be_masked() -> None:
+    from rlhf_doctor.trace.draws import Chain, _strange
+
+    def strange(trained: list[int]) -> int:
+        asked = [passed([[7, 8]]), passed([[7, 8, 4]]), passed([[7, 8, 4, 0]])]
+        drawn, columns = torch.tensor([[4, 0, 5]]).numpy(), torch.tensor([[1, 2, 3]]).numpy()
+        chain = Chain(asked, drawn, columns, asked[-1])
+        return len(_strange([passed([[7, 8, *trained]])], [chain], SPECIAL))
+
+    assert strange([4, 0, 5]) == 0
+    assert strange([4, 9, 5]) == 0
+    assert strange([4, 9, 6]) == 1
