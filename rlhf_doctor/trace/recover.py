@@ -202,20 +202,30 @@ def policy_response(made: Recovered, found: Experiments, experiment: Experiment)
     base = found.base
     before = masked(base, base["weight"]) / made.row_scale[:, None]
     after = masked(base, experiment.table["weight"]) / made.row_scale[:, None]
+    # Where a weight is near 0 an entropy bonus is read beside it in one run, and in its place in the other.
+    bonus = np.nan_to_num(np.abs(base["entropy_weight"]))
+    after = np.where(
+        np.nan_to_num(np.abs(experiment.moved(base, "entropy_weight"))) > 0.5 * bonus.max(initial=0.0), np.nan, after
+    )
     response = after - before
     windows = base["window"]
     known = ~experiment.touched[:, None] & np.isfinite(before) & np.isfinite(after)
     for window in np.unique(windows[np.isfinite(windows)]):
         inside = windows == window
         still = inside & known
-        still = still if _enough(before[still]) else known  # else whitening over the whole batch is taken for granted
-        if _enough(before[still]) and (after[still] != before[still]).any():
-            slope, intercept = _line(before[still], after[still])
+        unit = np.ones(before.shape)
+        if not _enough(before[still]):  # whitening over the whole batch is taken for granted; minibatches have units
+            still = known
+            for other, fit in made.fits.items():
+                unit[windows == other] = fit.slope or 1.0
+        was, now = before / unit, after / unit
+        if _enough(was[still]) and (now[still] != was[still]).any():
+            slope, intercept = _line(was[still], now[still])
             if slope:
-                response[inside] = ((after - intercept) / slope - before)[inside]
-        fit = made.fits.get(int(window))
-        if fit is not None and fit.slope and fit.misfit < 1e-2:
-            response[inside] /= fit.slope
+                response[inside] = (((now - intercept) / slope - was) * unit)[inside]
+        own = made.fits.get(int(window))
+        if own is not None and own.slope and own.misfit < 1e-2:
+            response[inside] /= own.slope
     return response
 
 
