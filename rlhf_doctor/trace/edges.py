@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,9 @@ def _ratios(traced: Traced) -> tuple[tuple[Change, ...], str]:
         return (), ""
     far, unlikely = np.zeros(base.tokens.shape), np.zeros(base.tokens.shape)
     lengths = base.real.sum(1)
-    for s in np.flatnonzero(lengths > 0):
+    copies = Counter(sample.tokens for sample in base.samples)
+    single = np.array([copies[sample.tokens] == 1 for sample in base.samples])  # rows of copies could be either's
+    for s in np.flatnonzero((lengths > 0) & single):
         (far if s % 3 else unlikely)[s, lengths[s] // 2] = -FAR if s % 3 else -UNLIKELY
     made = [changes.at_tokens(base, "policy", far + unlikely, changes.is_old)]
     if np.any(unlikely):

@@ -105,7 +105,10 @@ def _advantages(traced: Traced) -> Floats:
     for scale in (1 / lengths, np.ones_like(lengths, dtype=float)):
         for gradient in (apart, 1 - np.exp(-apart)):
             x, y = scale * gradient, weight
-            x0, y0 = (v - np.nanmean(v, axis=1, keepdims=True) for v in (x, y))
+            x0, y0 = (
+                v - np.nansum(v, axis=1, keepdims=True) / np.maximum(np.isfinite(v).sum(1, keepdims=True), 1)
+                for v in (x, y)
+            )
             known = np.isfinite(x0) & np.isfinite(y0)
             if not known.any() or not (x0[known] ** 2).sum():
                 continue

@@ -75,7 +75,7 @@ def update_order(traced: Traced, setup: Any) -> Iterator[Finding]:
                 f"{len(made.twice)} in {count} updates, and {len(left)} of {total} in none",
             ),
         )
-    elif left or made.ahead:
+    elif left or (made.ahead and len({s.tokens for s in base.samples}) == total):  # copies take turns as they like
         after, others = made.ahead or (count, len(left))
         yield _finding(
             "The minibatches of an epoch do not cover the batch: some samples are trained on again before others are "
