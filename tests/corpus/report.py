@@ -249,7 +249,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         seeds = [(name, seed) for seed in SEEDS[: given.seeds] for name in ZOO]
         found = measured(given.workers, case_row, [one.name for one in cases()], rows / "faults.jsonl")
         quiet = measured(given.workers, sound_row, seeds, rows / "sound.jsonl")
-        both = measured(given.workers, pair_row, jobs_of_pairs(given.pairs + given.pairs // 8), rows / "pairs.jsonl")
+        both = measured(given.workers, pair_row, jobs_of_pairs(given.pairs + given.pairs // 3), rows / "pairs.jsonl")
     pairs = [row for row in both if row is not None][: given.pairs]
     for name, text in rendered(page(found, quiet, pairs)).items():
         (given.out / name).write_text(text, "utf-8")
