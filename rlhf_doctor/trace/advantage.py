@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.facts import Unavailable
-from rlhf_doctor.trace.recover import Recovered, _fit_windows, masked, policy_response, return_response, shared_scores
+from rlhf_doctor.trace.recover import Recovered, _fit_windows, masked, policy_response, return_response
 from rlhf_doctor.trace.weighting import half_precision
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _of_policy(traced: Traced, experiment: Experiment) -> Floats:
     """
     if critic_free(traced):
         return experiment.moved(traced.base, "weight")
-    if max((p.call.rounding for p in traced.base.placed if p.call.role == "policy"), default=0.0) > ROUNDED:
+    if traced.base.rounding("policy") > ROUNDED:
         raise Unavailable("needs the policy's logits in float32: half precision rounds away what is looked for")
     if half_precision(traced):
         raise Unavailable("needs a policy loss in float32: half precision rounds away what is looked for")
@@ -226,8 +226,7 @@ def discount(traced: Traced, of: str) -> Discount:
     The units of the gains do not matter: where the policy does not follow returns − values they are unknown.
     """
     products: list[float] = []
-    one = traced.experiments.done.get("one score")
-    if one is None or critic_free(traced) or not shared_scores(traced.recovered, traced.experiments, one):
+    if "discount" not in traced.recovered.reasons:
         for row in score_gains(traced, of):
             products += _ratios(row.gain)
     values = [row for row in value_gains(traced, of) if row.at >= 1]

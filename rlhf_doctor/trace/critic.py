@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlhf_doctor.trace.interventions import Experiments
-    from rlhf_doctor.trace.table import Table
+    from rlhf_doctor.trace.table import Placed, Table
 
     Floats = NDArray[np.float64]
 
@@ -24,7 +24,6 @@ __all__ = [
     "part_in_training",
     "past_the_end",
     "raw_response",
-    "rounding",
     "steady",
     "trained_spans",
     "unrewarded_end",
@@ -76,9 +75,8 @@ class Span:
     length: int
 
 
-def trained_spans(table: Table) -> list[Span]:
-    """Of every sample with a gradient; state t precedes token t, and the prompt's states are below 0."""
-    trained: dict[int, list[int]] = {}
+def _gradients(table: Table) -> Iterator[tuple[Placed, Floats]]:
+    """The critic's passes with their gradients (N,); of a loop that updates by hand, those at the first weights."""
     weights = None
     for placed in table.placed:
         call = placed.call
@@ -86,8 +84,15 @@ def trained_spans(table: Table) -> list[Span]:
             continue
         weights = call.weights if weights is None else weights
         if call.weights is not None and weights is not None and not bool((call.weights == weights).all()):
-            break  # a loop that updates by hand: from here on a clip may have cut gradients to 0
-        at = (call.gradient["scalar"] != 0).cpu().numpy() & (placed.sample >= 0)
+            return  # from here on a clip may have cut gradients to 0
+        yield placed, call.gradient["scalar"].double().cpu().numpy()
+
+
+def trained_spans(table: Table) -> list[Span]:
+    """Of every sample with a gradient; state t precedes token t, and the prompt's states are below 0."""
+    trained: dict[int, list[int]] = {}
+    for placed, gradient in _gradients(table):
+        at = (gradient != 0) & (placed.sample >= 0)
         for sample, state in zip(placed.sample[at].tolist(), placed.state[at].tolist(), strict=True):
             trained.setdefault(sample, []).append(state)
     lengths = table.real.sum(1)
@@ -98,15 +103,7 @@ def past_the_end(table: Table) -> Floats:
     """(S,) ∂L/∂V of the state after each response's last token, NaN where no gradient was seen there."""
     found = np.full(len(table.samples), np.nan)
     lengths = np.array([len(s.response) for s in table.samples] or [0])
-    weights = None
-    for placed in table.placed:
-        call = placed.call
-        if call.role != "value" or "scalar" not in call.gradient:
-            continue
-        weights = call.weights if weights is None else weights
-        if call.weights is not None and weights is not None and not bool((call.weights == weights).all()):
-            break  # a loop that updates by hand
-        gradient = call.gradient["scalar"].double().cpu().numpy()
+    for placed, gradient in _gradients(table):
         at = (placed.sample >= 0) & (placed.state == lengths[np.maximum(placed.sample, 0)])
         for sample, size in zip(placed.sample[at].tolist(), gradient[at].tolist(), strict=True):
             if np.isnan(found[sample]):
@@ -135,11 +132,6 @@ def steady(experiments: Experiments) -> NDArray[np.bool_]:
     """(S, T): response tokens whose values were trained at the initial weights."""
     base = experiments.base
     return np.asarray(base.real & ((base["value_window"] == 0) | (not experiments.by_hand)))
-
-
-def rounding(table: Table) -> float:
-    """The relative rounding of the critic's outputs."""
-    return max((p.call.rounding for p in table.placed if p.call.role == "value"), default=2.0**-23)
 
 
 def raw_response(experiments: Experiments, name: str) -> Floats:

@@ -15,7 +15,7 @@ import numpy as np
 from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.trace.anchor import anchor
 from rlhf_doctor.trace.estimators import CLOSE, STILL, VALUES, Fit, Penalty, old_logp, reference_logp, temperatures
-from rlhf_doctor.trace.recover import masked, return_response, shared_scores
+from rlhf_doctor.trace.recover import masked, return_response
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -115,8 +115,7 @@ def _gain_of_scores(traced: Traced) -> float:
     """What a unit of the score is worth in rewards: other than 1 where rewards are scaled as a whole."""
     edge = traced.recovered.edges.get("reward → value target")
     gain = None if edge is None else edge.gain
-    one = traced.experiments.done.get("one score")
-    if one is not None and shared_scores(traced.recovered, traced.experiments, one):
+    if "discount" in traced.recovered.reasons:
         gain = _scale_of_scores(traced)
     return gain if gain is not None and gain > 0.05 and abs(gain - 1) > 0.01 else 1.0
 

@@ -24,7 +24,6 @@ __all__ = [
     "policy_response",
     "recover",
     "return_response",
-    "shared_scores",
 ]
 
 EDGES = (
@@ -243,7 +242,7 @@ def return_response(made: Recovered, found: Experiments, experiment: Experiment)
     return moved
 
 
-def shared_scores(made: Recovered, found: Experiments, one: Experiment) -> bool:
+def _shared_scores(made: Recovered, found: Experiments, one: Experiment) -> bool:
     """Whether one changed score moves most other samples' targets: rewards are normalised over the batch."""
     moved = np.abs(return_response(made, found, one)[~one.touched])
     each = np.where(np.isfinite(moved), moved, 0.0).max(1, initial=0.0)[np.isfinite(moved).any(1)]
@@ -254,7 +253,7 @@ def _discount(made: Recovered, found: Experiments) -> None:
     base = found.base
     lengths = base.real.sum(1)
     scored, one = found.done.get("all scores"), found.done.get("one score")
-    if one is not None and shared_scores(made, found, one):
+    if one is not None and _shared_scores(made, found, one):
         made.reasons["discount"] = "rewards are normalised over the batch, so one that changes moves all of them"
         return
     if scored is not None:

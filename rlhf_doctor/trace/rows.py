@@ -159,13 +159,8 @@ def _moves(base: Table, experiment: Experiment, name: str) -> Floats | None:
         return None
     moves = np.where(known, np.abs(after - before), np.nan)
     top = float(np.nanmax(moves))
-    least = max(1e-5, ROUNDED * _rounding(base))
+    least = max(1e-5, ROUNDED * base.rounding(*LOSSES))
     return moves / top if top > least * max(float(np.abs(before[known]).max()), 1e-12) else None
-
-
-def _rounding(base: Table) -> float:
-    """The relative rounding of the coarsest numbers that the trained models' heads gave."""
-    return max((p.call.rounding for p in base.placed if p.call.role in LOSSES), default=0.0)
 
 
 def _elsewhere(moves: Floats, touched: Bools, target: str) -> Moved | None:
@@ -196,7 +191,7 @@ def _by_themselves(base: Table, one: Experiment) -> Moved | None:
         if np.ptp(x) < 1e-6 * np.abs(x).max():
             continue
         left = float(np.abs(y - np.polyval(np.polyfit(x, y, 1), x)).max())
-        lefts[int(s)] = left if left > ROUNDED * _rounding(base) * np.abs(x).max() else 0.0
+        lefts[int(s)] = left if left > ROUNDED * base.rounding(*LOSSES) * np.abs(x).max() else 0.0
     usual = float(np.median(list(lefts.values()))) if lefts else 0.0
     lefts = {s: left for s, left in lefts.items() if left > max(0.1 * top, UNUSUAL * usual)}
     touched = np.flatnonzero(one.touched)

@@ -128,6 +128,10 @@ class Table:
         found = self.fields.get(name)
         return np.full(self.tokens.shape, np.nan) if found is None else found
 
+    def rounding(self, *roles: Role) -> float:
+        """The relative rounding of the coarsest numbers that these roles' heads gave; float32's where none was seen."""
+        return max((p.call.rounding for p in self.placed if p.call.role in roles), default=2.0**-23)
+
     def has(self, name: str) -> bool:
         """Whether anything of a field was seen."""
         return name in self.fields and bool(np.isfinite(self.fields[name]).any())

@@ -90,7 +90,7 @@ def _unevenness(traced: Traced, s: int) -> tuple[float, float, float] | None:
     """(least, most, tolerance) of one response's curvatures; None where too little of it was seen."""
     import numpy as np
 
-    from rlhf_doctor.trace.critic import raw_response, rounding
+    from rlhf_doctor.trace.critic import raw_response
 
     base, pushed = traced.base, traced.experiments.done["update values"]
     moved, amounts = raw_response(traced.experiments, "update values")[s], pushed.amounts[s]
@@ -100,7 +100,7 @@ def _unevenness(traced: Traced, s: int) -> tuple[float, float, float] | None:
     kappa = moved[good] / amounts[good]
     size = float(np.abs(kappa).max())
     parts = np.abs(base["value_gradient"][s, good]).max() + size * np.abs(base["value"][s, good]).max()
-    noise = ROUNDINGS * rounding(base) * float(parts) / float(np.abs(amounts[good]).min())
+    noise = ROUNDINGS * base.rounding("value") * float(parts) / float(np.abs(amounts[good]).min())
     return float(kappa.min()), float(kappa.max()), UNEVEN * size + noise
 
 
@@ -108,7 +108,7 @@ def _ratios(traced: Traced) -> list[float] | None:
     """Of neighbouring tokens, earlier over later, in the sample whose score was changed; None where they are alike."""
     import numpy as np
 
-    from rlhf_doctor.trace.critic import raw_response, rounding
+    from rlhf_doctor.trace.critic import raw_response
 
     base, scored = traced.base, traced.experiments.done["one score"]
     response = raw_response(traced.experiments, "one score")
@@ -118,7 +118,7 @@ def _ratios(traced: Traced) -> list[float] | None:
             continue
         ratios = row[:-1] / row[1:]
         size = np.nanmax(np.abs(base["value_gradient"][s])) / np.abs(row).min() + 1
-        if np.ptp(ratios) > np.abs(ratios).max() * (UNEVEN + ROUNDINGS * rounding(base) * size):
+        if np.ptp(ratios) > np.abs(ratios).max() * (UNEVEN + ROUNDINGS * base.rounding("value") * size):
             return [float(r) for r in ratios]
     return None
 
