@@ -59,12 +59,18 @@ class Check:
     severity: Severity
     after: tuple[str, ...]
     run: Callable[..., Iterable[Finding]]
+    early: Stage | None = None
     faults: list[Fault] = field(default_factory=list)
 
     @property
     def slug(self) -> str:
         """The name people read: ``value-not-scalar-per-state``."""
         return self.run.__name__.replace("_", "-")
+
+    @property
+    def earliest(self) -> Stage:
+        """The stage from which it is run."""
+        return self.early or self.stage
 
     @property
     def family(self) -> str:
@@ -112,7 +118,13 @@ class Check:
 
 
 def check(
-    code: str, title: str, *, stage: Stage, severity: Severity, after: tuple[str, ...] = ()
+    code: str,
+    title: str,
+    *,
+    stage: Stage,
+    severity: Severity,
+    after: tuple[str, ...] = (),
+    early: Stage | None = None,
 ) -> Callable[[Callable[..., Iterable[Finding]]], Check]:
     """Register a function as the check ``code``.
 
@@ -122,6 +134,7 @@ def check(
         stage: the cheapest stage that decides it.
         severity: of its findings, unless a finding says otherwise.
         after: codes that must not have found anything in the same role before this one runs.
+        early: an earlier stage at which some of its faults show already, with what is known by then.
 
     Raises:
         ValueError: the code is registered already.
@@ -130,7 +143,7 @@ def check(
     def register(run: Callable[..., Iterable[Finding]]) -> Check:
         if code in _REGISTRY:
             raise ValueError(f"{code} is registered twice: {_REGISTRY[code].run.__module__} and {run.__module__}")
-        made = Check(code, title, stage, severity, after, run)
+        made = Check(code, title, stage, severity, after, run, early)
         _REGISTRY[code] = made
         return made
 

@@ -84,7 +84,7 @@ def choose(select: Sequence[str] = (), ignore: Sequence[str] = (), stage: Stage 
     chosen = {
         code: c
         for code, c in every.items()
-        if c.stage in allowed and (not select or named(c, select)) and not named(c, ignore)
+        if c.earliest in allowed and (not select or named(c, select)) and not named(c, ignore)
     }
     ordered: dict[str, Check] = {}
 
@@ -156,7 +156,7 @@ class Facts:
             raise KeyError(f"no fact is called {name!r}")
         if known.per_role and role is None:
             return self._every_role(known)
-        if tuple(Stage).index(known.stage) > tuple(Stage).index(self.options.stage):
+        if tuple(Stage).index(known.earliest) > tuple(Stage).index(self.options.stage):
             raise Unavailable(f"needs --stage {known.stage}")
         excluded = self.options.excluded
         if name in excluded or (role in excluded and known.stage is not Stage.STATIC):
@@ -248,7 +248,7 @@ def examine(
     needs = [name for c in chosen.values() for name in c.needs]
     if options.show:
         needs += SHOWN.get(options.stage, SHOWN[Stage.TRACE])
-    given: dict[str, Any] = {**(known or {}), "setup": setup, "options": options, "progress": progress}
+    given: dict[str, Any] = {**(known or {}), "setup": setup, "options": options, "progress": progress, "models": None}
     if options.stage is Stage.STATIC:
         outcomes, errors, shown = _run(chosen, needs, Facts(given, options, progress), lambda role: None)
     else:

@@ -60,6 +60,12 @@ class Fact:
     stage: Stage
     per_role: bool
     measure: Callable[..., Any]
+    early: Stage | None = None
+
+    @property
+    def earliest(self) -> Stage:
+        """The stage from which it is asked for."""
+        return self.early or self.stage
 
     @functools.cached_property
     def needs(self) -> Mapping[str, bool]:
@@ -68,24 +74,30 @@ class Fact:
         return {p.name: p.default is inspect.Parameter.empty for p in parameters}
 
 
-def _register(stage: Stage, per_role: bool) -> Callable[[F], F]:
+def _register(stage: Stage, per_role: bool, early: Stage | None) -> Callable[[F], F]:
     def register(measure: F) -> F:
         if measure.__name__ in _FACTS:
             raise ValueError(f"the fact {measure.__name__} is registered twice")
-        _FACTS[measure.__name__] = Fact(measure.__name__, stage, per_role, measure)
+        _FACTS[measure.__name__] = Fact(measure.__name__, stage, per_role, measure, early)
         return measure
 
     return register
 
 
-def fact(stage: Stage) -> Callable[[F], F]:
-    """Register a function as the fact of its name."""
-    return _register(stage, per_role=False)
+def fact(stage: Stage, *, early: Stage | None = None) -> Callable[[F], F]:
+    """Register a function as the fact of its name.
+
+    Args:
+        stage: at which it can be had of every setup.
+        early: an earlier stage at which it can be had of some: of objects in memory, say, before any model is called.
+            It gets ``models`` None then where no model may be loaded.
+    """
+    return _register(stage, False, early)
 
 
-def role_fact(stage: Stage) -> Callable[[F], F]:
-    """Register a function of ``role`` as one fact for each of the four models."""
-    return _register(stage, per_role=True)
+def role_fact(stage: Stage, *, early: Stage | None = None) -> Callable[[F], F]:
+    """Register a function of ``role`` as one fact for each of the four models; the stages are those of ``fact``."""
+    return _register(stage, True, early)
 
 
 def split_role(name: str) -> tuple[Role | None, str]:

@@ -51,7 +51,11 @@ def page_text(one: Check) -> str:
     """A check's page, wrapped to the terminal."""
     width = min(shutil.get_terminal_size().columns, 100)
     after = f"; after {', '.join(one.after)}" if one.after else ""
-    lines = [f"{one.code}  {one.slug}", f"{one.title} ({one.family}, {one.severity}, --stage {one.stage}{after})"]
+    early = f", partly from --stage {one.early} on" if one.early else ""
+    lines = [
+        f"{one.code}  {one.slug}",
+        f"{one.title} ({one.family}, {one.severity}, --stage {one.stage}{early}{after})",
+    ]
     for heading, text in one.page.items():
         lines += ["", heading, *_wrapped(text, width)]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import torch
 
 from rlhf_doctor.finding import Role
 from rlhf_doctor.setups import DECLARED_NAMES, RLHFSetup
-from rlhf_doctor.trace.taps import _embedding_of, _scalar_heads, _token_table
+from rlhf_doctor.trace.parts import embedding_of, scalar_heads, token_table
 
 __all__ = ["discovered", "settings_of"]
 
@@ -53,18 +53,18 @@ def discovered(called: torch.nn.Module, optimizers: Sequence[Any]) -> RLHFSetup 
     names = _names(models, holders)
     found: dict[Role, Any] = {}
     speaking = [m for m in models if _speaks(m)]
-    scoring = [m for m in models if not _speaks(m) and _scalar_heads(m)]
+    scoring = [m for m in models if not _speaks(m) and scalar_heads(m)]
     moved = [m for m in speaking if _held(m, trained)]
     found["policy"] = _chosen([m for m in moved if _holds(called, m)] or moved, names, "policy")
     if found["policy"] is None:
         return None
-    size = _token_table(found["policy"])[0].shape
-    still = [m for m in speaking if not _held(m, trained) and _token_table(m)[0].shape == size]
+    size = token_table(found["policy"])[0].shape
+    still = [m for m in speaking if not _held(m, trained) and token_table(m)[0].shape == size]
     found["reference"] = _chosen(still, names, "reference")
     if found["reference"] is None and any(hasattr(m, "disable_adapters") for m in found["policy"].modules()):
         found["reference"] = "adapter-off"
     found["value"] = _chosen([m for m in scoring if _held(m, trained)], names, "value")
-    if found["value"] is None and _scalar_heads(found["policy"]):
+    if found["value"] is None and scalar_heads(found["policy"]):
         found["value"] = found["policy"]
     found["reward"] = _chosen([m for m in scoring if not _held(m, trained)], names, "reward")
     roles = [m for m in found.values() if isinstance(m, torch.nn.Module)]
@@ -114,7 +114,7 @@ def _language_models() -> list[torch.nn.Module]:
                 queue += parts
             elif _tables(module):
                 found.setdefault(id(module), module)
-    return [m for m in found.values() if _speaks(m) or _scalar_heads(m)]
+    return [m for m in found.values() if _speaks(m) or scalar_heads(m)]
 
 
 def _tables(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -132,10 +132,10 @@ def _is_one(module: torch.nn.Module) -> bool:
 def _speaks(module: torch.nn.Module) -> bool:
     """Whether it gives logits over the vocabulary."""
     if any(callable(getattr(m, "get_output_embeddings", None)) for m in module.modules()):
-        return _embedding_of(module, "get_output_embeddings") is not None
-    rows = {t.shape[0] for t in _token_table(module)}
+        return embedding_of(module, "get_output_embeddings") is not None
+    rows = {t.shape[0] for t in token_table(module)}
     direct = [m for m in module.children() if isinstance(m, torch.nn.Linear)]
-    return any(m.out_features in rows for m in direct) or not _scalar_heads(module)
+    return any(m.out_features in rows for m in direct) or not scalar_heads(module)
 
 
 def _held(module: torch.nn.Module, trained: set[int]) -> bool:
@@ -218,7 +218,7 @@ def _tokenizer(trainer: Mapping[str, Any] | None, policy: torch.nn.Module) -> An
     base = getattr(sys.modules.get("transformers.tokenization_utils_base"), "PreTrainedTokenizerBase", None)
     if base is None:
         return None
-    rows = _token_table(policy)[0].shape[0]
+    rows = token_table(policy)[0].shape[0]
     alive = [t for t in gc.get_objects() if issubclass(type(t), base)]
     fitting = {(len(t), t.eos_token_id, t.pad_token_id): t for t in alive if len(t) <= rows}
     return next(iter(fitting.values())) if len(fitting) == 1 else None

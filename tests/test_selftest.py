@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from rlhf_doctor.check import Check, Fault, registry
-from rlhf_doctor.examine import Examination, Options
-from rlhf_doctor.finding import Confidence, Evidence, Finding, Found, Passed
+from rlhf_doctor.examine import Examination, Options, examine
+from rlhf_doctor.finding import Confidence, Evidence, Finding, Found, Passed, Severity, Stage
 from rlhf_doctor.selftest import run as selftest
 from rlhf_doctor.setups import RLHFSetup
 
+EARLY = [one for one in registry().values() if one.early]
 FAULTS = [(one, fault) for one in registry().values() for fault in one.faults]
 
 
@@ -27,6 +28,26 @@ def test_every_fault_is_found(shared_patients: Any, one: Check, fault: Fault) ->
 def test_healthy_setup_is_silent(shared_patients: Any, index: int) -> None:
     trial = selftest.healthy_trials(shared_patients)[index].run()
     assert trial.passed, trial.said
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("one", EARLY, ids=lambda one: one.code)
+def test_a_check_that_may_decide_early_does_so(shared_patients: Any, one: Check) -> None:
+    found = []
+    for fault in one.faults:
+        setup = fault.make(**{name: getattr(shared_patients, name) for name in fault.wants})
+        examined = examine(setup, select=[one.code], options=Options(Stage(str(one.early)), show=False))
+        found.append(isinstance(examined.outcomes[one.code], Found))
+        shared_patients.drop_copies()
+    assert any(found)
+
+
+def test_nothing_is_said_early_of_a_healthy_setup(shared_patients: Any) -> None:
+    for setup in (shared_patients.healthy, shared_patients.healthy_files.but(tokenizer=None)):
+        examined = examine(setup, options=Options(Stage.STATIC, show=False))
+        assert [code for code, one in examined.findings if one.severity is not Severity.INFO] == []
+        assert examined.errors == ()
+    shared_patients.drop_copies()
 
 
 def test_a_fault_that_is_missed_fails_its_trial(shared_patients: Any) -> None:

@@ -1,12 +1,14 @@
-"""Is a scalar head among a checkpoint's tensors, under the right name? Shared by REW003 and VAL007, no check itself."""
+"""Which heads are among a model's tensors, under which names? Shared by REW002, REW003 and VAL007, no check itself."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rlhf_doctor.finding import Evidence
 from rlhf_doctor.instruments.manifest import heads_of
 from rlhf_doctor.instruments.readings import Head, Loading, Manifest
 
-__all__ = ["absent_head", "new_heads", "renamed_head", "scalar_heads"]
+__all__ = ["absent_head", "head_of_labels", "new_heads", "renamed_head", "scalar_heads"]
 
 # The head that a class reads, as transformers names it; what is not listed is not judged.
 SEQUENCE_SCORE = frozenset(
@@ -26,6 +28,12 @@ def scalar_heads(manifest: Manifest) -> tuple[Head, ...]:
     """Heads that end in one number or in labels, an adapter's own tensors included."""
     every = (*manifest.heads, *heads_of(manifest.adapter_tensors))
     return tuple(head for head in every if head.kind in ("scalar", "labels"))
+
+
+def head_of_labels(manifest: Manifest, setup: Any) -> Head | None:
+    """The head of several labels of a sequence classifier that is called as it is."""
+    classifies = any(name.endswith("ForSequenceClassification") for name in manifest.architectures)
+    return manifest.head("labels") if classifies and manifest.role not in setup.calls else None
 
 
 def renamed_head(manifest: Manifest) -> tuple[str, Evidence] | None:

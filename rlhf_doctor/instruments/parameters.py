@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rlhf_doctor.facts import role_fact
-from rlhf_doctor.finding import Stage
+from rlhf_doctor.facts import Unavailable, role_fact
+from rlhf_doctor.finding import Role, Stage
 from rlhf_doctor.instruments.readings import Parameters
 
 if TYPE_CHECKING:
@@ -15,17 +15,21 @@ if TYPE_CHECKING:
 __all__ = ["parameters"]
 
 
-@role_fact(Stage.PROBE)
-def parameters(role: str, models: Models, setup: Any) -> Parameters:
+@role_fact(Stage.PROBE, early=Stage.STATIC)
+def parameters(role: Role, models: Models | None, setup: Any) -> Parameters:
     """Read every parameter once; nothing is called.
 
     Raises:
-        Unavailable: the role is a function.
+        Unavailable: the role is a function, or has to be loaded first.
     """
     import torch
 
-    live = models.get(role)  # type: ignore[arg-type]  # a role fact is only measured for model roles
-    named = list(live.module.named_parameters())
+    given = setup.model(role)
+    if models is None and not isinstance(given, torch.nn.Module):
+        raise Unavailable("needs --stage probe, which loads models" if given is not None else f"needs a {role} model")
+    loaded_here = models is not None and models.get(role).loaded_here
+    module = given if models is None else models.get(role).module
+    named = list(module.named_parameters())
     held = {id(p) for optimizer in setup.optimizers for p in _held_by(optimizer)} if setup.optimizers else None
     trainable = [(name, p) for name, p in named if p.requires_grad]
     dtypes = Counter[str]()
@@ -41,16 +45,16 @@ def parameters(role: str, models: Models, setup: Any) -> Parameters:
         not_materialised=tuple(n for n, p in named if p.is_meta or p.numel() == 0),
         non_finite=tuple(n for n, p in named if p.is_floating_point() and not p.is_meta and not _finite(p)),
         storages={}
-        if live.loaded_here
+        if loaded_here
         else {p.untyped_storage().data_ptr(): n for n, p in reversed(named) if not p.is_meta and p.numel()},
         dtypes=dict(dtypes),
-        training=live.module.training,
+        training=module.training,
         active_dropout=tuple(
             name
-            for name, child in live.module.named_modules()
+            for name, child in module.named_modules()
             if isinstance(child, torch.nn.modules.dropout._DropoutNd) and child.training and child.p > 0
         ),
-        loaded_here=live.loaded_here,
+        loaded_here=loaded_here,
     )
 
 

@@ -60,8 +60,8 @@ def padded_prompts(setup: Any) -> PaddedPrompts:
     return PaddedPrompts(ids, kept)
 
 
-@fact(Stage.PROBE)
-def prompts(setup: Any) -> Prompts:
+@fact(Stage.PROBE, early=Stage.STATIC)
+def prompts(setup: Any, models: Any = None) -> Prompts:
     """Encode the texts with the tokenizer as it is set up, or take the ids as given.
 
     Raises:
@@ -76,7 +76,7 @@ def prompts(setup: Any) -> Prompts:
         raise Unavailable("needs prompts")
     from rlhf_doctor.instruments.texts import live_tokenizer
 
-    tokenizer = live_tokenizer(setup)
+    tokenizer = live_tokenizer(setup, from_files=models is None)
     return Prompts(tuple(tuple(encode(tokenizer, text)) for text in texts), texts)
 
 

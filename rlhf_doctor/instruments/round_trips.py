@@ -117,8 +117,8 @@ def _glued(tokenizer: Any, prompt: str, response: str, ids: list[int]) -> bool:
     return ids[-1] not in {*(getattr(tokenizer, "all_special_ids", None) or ()), *added().values()}
 
 
-@fact(Stage.PROBE)
-def encoded_pairs(setup: Any) -> tuple[Pair, ...]:
+@fact(Stage.PROBE, early=Stage.STATIC)
+def encoded_pairs(setup: Any, models: Any = None) -> tuple[Pair, ...]:
     """Up to 64 preference pairs through the reward's tokenizer.
 
     Raises:
@@ -128,7 +128,7 @@ def encoded_pairs(setup: Any) -> tuple[Pair, ...]:
 
     if not setup.preferences:
         raise Unavailable("needs preferences")
-    tokenizer = live_tokenizer(setup, "reward")
+    tokenizer = live_tokenizer(setup, "reward", from_files=models is None)
     return tuple(
         Pair(
             tuple(encode(tokenizer, prompt)),

@@ -38,14 +38,15 @@ class Sharing:
     moves: bool | None
 
 
-@fact(Stage.PROBE)
+@fact(Stage.PROBE, early=Stage.STATIC)
 def sharing(
-    setup: Any, models: Models, parameters: Mapping[Role, Parameters], inputs: Inputs | None = None
+    setup: Any, models: Models | None, parameters: Mapping[Role, Parameters], inputs: Inputs | None = None
 ) -> tuple[Sharing, ...]:
     """Pairs of models in memory that share storage: trained role first, untrained second.
 
     A shared tensor that trains is replaced by a changed copy inside the second role only, which is then called again;
-    a reference that switches the policy's adapter off does not move, one that is the policy does.
+    a reference that switches the policy's adapter off does not move, one that is the policy does. Where nothing may be
+    called, pairs of which that would have to be known are left out.
     """
     found = []
     order: tuple[Role, ...] = ("policy", "value", "reference", "reward")
@@ -58,15 +59,20 @@ def sharing(
         learnt = tuple(
             sorted(two.storages[s] for s in common if one.storages[s] in trains or two.storages[s] in trains)
         )
+        same = setup.model(first) is setup.model(second)
+        if models is None and learnt and not same:
+            continue
         found.append(
             Sharing(
                 first,
                 second,
-                same_object=setup.model(first) is setup.model(second),
+                same_object=same,
                 names=tuple(sorted(two.storages[s] for s in common)),
                 trainable=learnt,
                 whole=len(common) in (len(one.storages), len(two.storages)),
-                moves=_moves(models.get(second), learnt, inputs) if learnt and second in FIXED and inputs else None,
+                moves=_moves(models.get(second), learnt, inputs)
+                if models is not None and learnt and second in FIXED and inputs
+                else None,
             )
         )
     return tuple(found)

@@ -226,7 +226,7 @@ def discount(traced: Traced, of: str) -> Discount:
     The units of the gains do not matter: where the policy does not follow returns − values they are unknown.
     """
     products: list[float] = []
-    if "discount" not in traced.recovered.reasons:
+    if not traced.recovered.scores_shared:
         for row in score_gains(traced, of):
             products += _ratios(row.gain)
     values = [row for row in value_gains(traced, of) if row.at >= 1]

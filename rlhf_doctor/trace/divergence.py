@@ -85,7 +85,7 @@ def _in_reward(
         return None
     returns = _first_only(traced, return_response(found, traced.experiments, moved))
     decay = found.gamma_lam if found.gamma_lam is not None else found.gamma_lam_of_policy
-    if decay is None and "discount" in found.reasons:
+    if decay is None and found.scores_shared:
         gamma, lam = number(declared.get("gamma")), number(declared.get("lam"))
         decay = None if gamma is None or lam is None else gamma * lam
     onto = chosen & np.isfinite(returns)
@@ -115,7 +115,7 @@ def _gain_of_scores(traced: Traced) -> float:
     """What a unit of the score is worth in rewards: other than 1 where rewards are scaled as a whole."""
     edge = traced.recovered.edges.get("reward → value target")
     gain = None if edge is None else edge.gain
-    if "discount" in traced.recovered.reasons:
+    if traced.recovered.scores_shared:
         gain = _scale_of_scores(traced)
     return gain if gain is not None and gain > 0.05 and abs(gain - 1) > 0.01 else 1.0
 

@@ -262,7 +262,10 @@ def _modules(setup: RLHFSetup) -> list[torch.nn.Module]:
 
 def live_optimizers() -> list[Any]:
     """Every torch optimizer alive in this process."""
-    return [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+    kinds: list[type] = [torch.optim.Optimizer]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return [o for o in gc.get_referrers(*kinds) if isinstance(o, torch.optim.Optimizer)]
 
 
 def _steps_any(optimizer: Any, owned: set[int]) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +35,10 @@ EDGES = (
     "reference → loss",
 )
 STILL = 1e-9  # of a field's range: nothing moved
+UNKNOWN: Mapping[str, Any] = {
+    "gamma_lam": None, "gamma": None, "lam": None, "gamma_lam_of_policy": None, "scores_shared": False, "rewards": None,
+    "edges": None,
+}  # fmt: skip
 SHARED = 4e-3  # of a changed score: float32 leaves 1e-4, a mean over 200 samples 5e-3
 
 
@@ -62,9 +67,10 @@ class Fit:
     count: int
 
 
-@dataclass
 class Recovered:
     """All arrays (S, T), NaN where unknown; ``reasons`` says why something could not be identified.
+
+    What takes changed scores or rollout values to know is worked out when it is first asked for.
 
     Attributes:
         kappa: ∂²L/∂V² at every state: what the value gradient is per unit of V − return.
@@ -73,7 +79,8 @@ class Recovered:
         raw_advantages: returns − rollout value.
         row_scale: (S,) how a row's tokens are weighted beside other rows'.
         fits: window -> how the policy's weights follow from ``raw_advantages``.
-        gamma_lam, gamma, lam: measured; None where not identifiable.
+        gamma_lam, gamma, lam: measured; None where not identifiable. ``gamma_lam_of_policy`` is from its advantages.
+        scores_shared: whether one changed score moves most samples' rewards, as where they are normalised.
         rewards: per token, from the returns by inverting GAE with the measured (else declared) gamma and lambda.
         edges: the measured wiring, by ``EDGES``.
     """
@@ -82,15 +89,29 @@ class Recovered:
     returns: Floats
     raw_advantages: Floats
     advantages: Floats
-    row_scale: Floats
-    fits: dict[int, Fit]
-    gamma_lam: float | None = None
-    gamma: float | None = None
-    lam: float | None = None
-    gamma_lam_of_policy: float | None = None
-    rewards: Floats | None = None
-    edges: dict[str, Edge] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
+    gamma_lam: float | None
+    gamma: float | None
+    lam: float | None
+    gamma_lam_of_policy: float | None
+    scores_shared: bool
+    rewards: Floats | None
+    edges: dict[str, Edge]
+
+    def __init__(self, base: Table, rest: Callable[[Recovered], None] | None = None) -> None:
+        self.kappa = self.returns = self.raw_advantages = self.advantages = np.full(base.tokens.shape, np.nan)
+        self.row_scale: Floats = np.ones(len(base.samples))
+        self.fits: dict[int, Fit] = {}
+        self.reasons: dict[str, str] = {}
+        self.rest = rest  # works out what is not there yet
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in UNKNOWN:
+            raise AttributeError(name)
+        vars(self).update({**UNKNOWN, "edges": {}, **vars(self)})
+        rest, self.rest = self.rest, None
+        if rest is not None:
+            rest(self)
+        return vars(self)[name]
 
     @property
     def whitened(self) -> bool | None:
@@ -104,13 +125,15 @@ class Recovered:
 def recover(found: Experiments, declared: dict[str, object]) -> Recovered:
     """Everything that can be identified from the experiments; never a guess."""
     base = found.base
-    nothing = np.full(base.tokens.shape, np.nan)
-    made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), {})
+
+    def rest(made: Recovered) -> None:
+        _discount(made, found)
+        _rewards(made, base, declared)
+        _edges(made, found)
+
+    made = Recovered(base, rest)
     _returns(made, found)
     _fits(made, base)
-    _discount(made, found)
-    _rewards(made, base, declared)
-    _edges(made, found)
     return made
 
 
@@ -236,7 +259,7 @@ def return_response(made: Recovered, found: Experiments, experiment: Experiment)
     """How the critic's target moved, (S, T)."""
     base = found.base
     with np.errstate(divide="ignore", invalid="ignore"):
-        moved = -masked(base, experiment.moved(base, "value_gradient")) / made.kappa
+        moved: Floats = -masked(base, experiment.moved(base, "value_gradient")) / made.kappa
     if base.has("value"):
         moved = moved + masked(base, experiment.moved(base, "value"))
     return moved
@@ -254,7 +277,7 @@ def _discount(made: Recovered, found: Experiments) -> None:
     lengths = base.real.sum(1)
     scored, one = found.done.get("all scores"), found.done.get("one score")
     if one is not None and _shared_scores(made, found, one):
-        made.reasons["discount"] = "rewards are normalised over the batch, so one that changes moves all of them"
+        made.scores_shared = True
         return
     if scored is not None:
         made.gamma_lam = _decay(return_response(made, found, scored), lengths, scored.touched)

@@ -6,9 +6,7 @@ the logits. Nothing in the loop changes, unless a ``Change`` asks for it.
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.instruments.calling import pick
+from rlhf_doctor.trace.head_rows import grid_of, rows_of
+from rlhf_doctor.trace.listening import as_scores, eager, function_tapped, like, optimizers_tapped, replaced
+from rlhf_doctor.trace.parts import (
+    bodies,
+    layers_without,
+    mask_and_positions,
+    other_tables,
+    scalar_heads,
+    token_table,
+    vocabulary_heads,
+)
 from rlhf_doctor.trace.sampler import Shown, shown
 
 if TYPE_CHECKING:
@@ -52,6 +61,8 @@ PROJECTIONS = frozenset(
         torch.einsum,
     }
 )
+
+LISTENED = PROJECTIONS | LOOKUPS | DRAWS | PEAKS
 
 
 class Enough(BaseException):
@@ -104,6 +115,7 @@ class Call:
     drew: Tensor | None = None  # (B,) what was drawn from its last rows, where a draw was seen
     shown: Shown | None = None  # what it was drawn from
     handle: Any = None
+    read_from: Any = None  # a weak reference to the tensor
 
     @property
     def ids(self) -> Tensor:
@@ -200,6 +212,7 @@ class Recorder(TorchFunctionMode):
         self._count: dict[Role, int] = {}
         self._marks: dict[Role, list[Tensor]] = {}
         self._widths: set[int] = set()
+        self._hushed: torch.nn.Module | None = None  # the layer that is being run
         for role in MODEL_ROLES:
             self._learn(role)
 
@@ -215,15 +228,15 @@ class Recorder(TorchFunctionMode):
         if given is not self.setup.policy or role != "reference":
             self._modules[role] = module
         self._adapted += [m for m in module.modules() if hasattr(m, "disable_adapters") and hasattr(m, "lora_A")][:1]
-        tokens = _token_table(module)
-        heads = _vocabulary_heads(module, tokens) if role in ("policy", "reference") else _scalar_heads(module)
+        tokens = token_table(module)
+        heads = vocabulary_heads(module, tokens) if role in ("policy", "reference") else scalar_heads(module)
         for parameter in module.parameters():
             self._owners.setdefault(id(parameter), set()).add(role)
             self._kept.append(parameter)
         for table, weights in (
             (self._tokens, tokens),
             (self._heads, heads),
-            (self._others, _other_tables(module, tokens)),
+            (self._others, other_tables(module, tokens)),
         ):
             for weight in weights:
                 table.setdefault(id(weight), set()).add(role)
@@ -259,7 +272,18 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if func in LISTENED:
+            result = self._listened(func, args, kwargs, result)
+        if self._lookups and type(result) is Tensor:
+            shape = result.shape
+            if len(shape) > 1 and shape[-1] in self._widths and getattr(func, "__name__", "") not in MOVES:
+                self._hidden(result)
+        return result
+
+    def _listened(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None, result: Any
+    ) -> Any:
         if func in PROJECTIONS:
             roles = self._owned(self._heads, (*args, *(kwargs or {}).values()))
             if roles and isinstance(result, Tensor) and result.is_floating_point():
@@ -269,18 +293,31 @@ class Recorder(TorchFunctionMode):
             self._looked_up((*args, *(kwargs or {}).values()), result)
         if func in DRAWS or func in PEAKS:
             self._drew(args[0] if args else next(iter((kwargs or {}).values()), None), result, func)
-        if self._lookups and type(result) is Tensor:
-            shape = result.shape
-            if (
-                len(shape) > 1
-                and shape[-1] in self._widths
-                and getattr(func, "__name__", "") not in MOVES
-                and result.is_floating_point()
-            ):
-                for lookup in self._lookups.values():
-                    if shape[:-1].numel() == lookup.ids.numel():
-                        lookup.hidden = result
         return result
+
+    def _hidden(self, result: Tensor) -> None:
+        """Keep what may be the hidden states behind a model's last layer."""
+        if result.is_floating_point():
+            tokens = result.shape[:-1].numel()
+            for lookup in self._lookups.values():
+                if tokens == lookup.ids.numel():
+                    lookup.hidden = result
+
+    def _hush(self, module: torch.nn.Module, args: Any) -> None:
+        """Within a layer there is nothing to listen to: its operations need not pass through here."""
+        if self._hushed is None and _get_current_function_mode() is self:  # type: ignore[no-untyped-call]
+            self.__exit__(None, None, None)
+            self._hushed = module
+
+    def _unhush(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        if self._hushed is not module:
+            return
+        self._hushed = None
+        self.__enter__()  # type: ignore[no-untyped-call]
+        given = output[0] if isinstance(output, tuple) and output else output
+        with torch._C.DisableTorchFunction():
+            if isinstance(given, Tensor) and given.dim() > 1 and given.shape[-1] in self._widths:
+                self._hidden(given)
 
     def _drew(self, given: Any, result: Any, func: Callable[..., Any]) -> None:
         """Keep one token a row, drawn from something as wide as the vocabulary after the policy's last call."""
@@ -335,13 +372,14 @@ class Recorder(TorchFunctionMode):
         lookup = self._lookups.get(role) if role else None
         if role is None or lookup is None:
             return result
-        rows = _rows_of(given, result, lookup)
+        rows = rows_of(given, result, lookup)
         if rows is None:
             return result
         call = self._make(role, lookup, rows[0], rows[1])
         call.foreign = None if rows[2] else self._whose(role, given)
         result = self._changed(call, result)
         self._read(call, result)
+        call.read_from = weakref.ref(result)
         self._seen_heads[role] = call
         return result
 
@@ -470,7 +508,7 @@ class Recorder(TorchFunctionMode):
     def _entered(self, roles: frozenset[Role]) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             self._stack.append(roles)
-            mask, positions = _mask_and_positions(args, kwargs)
+            mask, positions = mask_and_positions(args, kwargs)
             for role in self._acting(roles):
                 self._given[role] = (mask, positions)
                 self._seen_heads.pop(role, None)
@@ -501,6 +539,8 @@ class Recorder(TorchFunctionMode):
         if picked is None or not isinstance(picked.tensor, Tensor) or not picked.tensor.dim():
             return output
         tensor = picked.tensor
+        if head is not None and head.read_from is not None and head.read_from() is tensor and head.size:
+            return output  # just what the head gave
         width = tensor.shape[-1] if role in ("policy", "reference") else 1
         count = tensor.numel() // max(width, 1)
         if role in ("policy", "reference") and (tensor.dim() < 2 or width < 4):
@@ -508,9 +548,9 @@ class Recorder(TorchFunctionMode):
         if head is not None and count == len(head.rows):
             rows, columns = head.rows, head.columns
         elif count == batch * length:
-            rows, columns = _grid(batch, length)
+            rows, columns = grid_of(batch, length)
         elif count % batch == 0 and 0 < count // batch < length and role in ("policy", "reference", "value"):
-            rows, columns = _grid(batch, count // batch)
+            rows, columns = grid_of(batch, count // batch)
             columns = columns + length - count // batch
         elif count == batch:
             rows, columns = torch.arange(batch), torch.full((batch,), -1)
@@ -521,7 +561,7 @@ class Recorder(TorchFunctionMode):
         if head is None:
             new = self._changed(call, tensor)
             if new is not tensor:
-                output = _replaced(output, tensor, new)
+                output = replaced(output, tensor, new)
                 tensor = new
         elif count == len(head.rows):  # the same numbers further on: nearer to the loss
             if head.handle is not None:
@@ -583,6 +623,7 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[Recorder]:
         """Tapped inside, untouched afterwards."""
+        watched = {*self._tokens, *self._heads, *self._others}
         with ExitStack() as stack:
             modules: dict[int, tuple[torch.nn.Module, set[Role]]] = {}
             for role, module in self._modules.items():
@@ -593,21 +634,29 @@ class Recorder(TorchFunctionMode):
                 stack.callback(
                     module.register_forward_hook(self._left(named), with_kwargs=True, always_call=True).remove
                 )
-                for inner in _bodies(module):
+                for inner in bodies(module):
                     stack.callback(inner.register_forward_pre_hook(self._noted(named), with_kwargs=True).remove)
-            stack.enter_context(_eager())
-            stack.enter_context(_optimizers_tapped(self))
+            stack.enter_context(eager())
+            stack.enter_context(optimizers_tapped(self))
             if self.setup.reward is not None and "reward" not in self._modules:
-                stack.enter_context(_function_tapped(self, self.setup.reward))
-            with self:
+                stack.enter_context(function_tapped(self, self.setup.reward))
+            for layer in {id(m): m for module, _ in modules.values() for m in layers_without(module, watched)}.values():
+                stack.callback(layer.register_forward_pre_hook(self._hush).remove)
+                stack.callback(layer.register_forward_hook(self._unhush, always_call=True).remove)
+            self.__enter__()  # type: ignore[no-untyped-call]
+            try:
                 yield self
+            finally:
+                if self._hushed is None:
+                    self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+                self._hushed = None
             for call in self.calls:
                 if call.handle is not None:
                     call.handle.remove()
 
     def _noted(self, roles: frozenset[Role]) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            mask, positions = _mask_and_positions(args, kwargs)
+            mask, positions = mask_and_positions(args, kwargs)
             for role in self._acting(roles):
                 inside = any(role in active for active in self._stack)
                 before = self._given.get(role, (None, None)) if inside else (None, None)
@@ -618,312 +667,14 @@ class Recorder(TorchFunctionMode):
     def texts_scored(self, arguments: tuple[Any, ...], returned: Any) -> Any:
         """A reward function has answered; gives what the loop is to get."""
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            scores = _as_scores(returned)
+            scores = as_scores(returned)
             if scores is None:
                 return returned
             if self.text_change is not None:
                 changed = self.text_change(len(self.texts), scores.tolist())
                 if changed != scores.tolist():
                     scores = torch.tensor(changed, dtype=torch.float64)
-                    returned = _like(returned, scores)
+                    returned = like(returned, scores)
             self.order += 1
             self.texts.append(ScoredTexts(self.order, arguments, scores))
         return returned
-
-
-# ---- finding the parts of a model ----------------------------------------------------------------------------------
-
-
-def _embedding_of(module: torch.nn.Module, getter: str) -> Tensor | None:
-    """The weight that transformers' own accessor names, of the module or of the first inside it that has one."""
-    for inner in module.modules():
-        if callable(getattr(inner, getter, None)):
-            with contextlib.suppress(Exception):  # a model without it raises what it likes
-                found = getattr(inner, getter)()
-                found = getattr(found, "base_layer", found)
-                if isinstance(found.weight, Tensor):
-                    return found.weight
-    return None
-
-
-def _token_table(module: torch.nn.Module) -> list[Tensor]:
-    named = _embedding_of(module, "get_input_embeddings")
-    if named is not None:
-        return [named]
-    tables = [m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)]
-    if not tables:
-        tables = [p for p in module.parameters() if p.dim() == 2]
-    most = max((t.shape[0] for t in tables), default=0)
-    return [t for t in tables if t.shape[0] == most][:1]
-
-
-def _other_tables(module: torch.nn.Module, tokens: Sequence[Tensor]) -> list[Tensor]:
-    tables = [m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)]
-    return [t for t in tables if all(t is not token for token in tokens)]
-
-
-def _vocabulary_heads(module: torch.nn.Module, tokens: Sequence[Tensor]) -> list[Tensor]:
-    named = _embedding_of(module, "get_output_embeddings")
-    if named is not None:
-        return [named]
-    rows = tokens[0].shape[0] if tokens else 0
-    wide: list[Tensor] = [p for p in module.parameters() if p.dim() == 2 and p.shape[0] == rows]
-    return [p for p in wide if all(p is not t for t in tokens)][-1:] or list(tokens)
-
-
-def _scalar_heads(module: torch.nn.Module) -> list[Tensor]:
-    return [p for p in module.parameters() if p.dim() == 2 and p.shape[0] == 1]
-
-
-def _bodies(module: torch.nn.Module) -> list[torch.nn.Module]:
-    """Inner modules that are given masks and positions: backbones that a loop may call directly."""
-    found: list[torch.nn.Module] = []
-    for name in ("base_model", "model", "transformer", "backbone", "pretrained_model"):
-        inner = getattr(module, name, None)
-        if isinstance(inner, torch.nn.Module) and inner is not module and all(inner is not f for f in found):
-            found.append(inner)
-    return found
-
-
-def _mask_and_positions(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor | None, Tensor | None]:
-    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is None:
-        mask = next((v for k, v in kwargs.items() if "mask" in k and isinstance(v, Tensor) and v.dim() == 2), None)
-    if mask is None:
-        mask = next((a for a in args[1:] if isinstance(a, Tensor) and a.dim() == 2 and _binary(a)), None)
-    return (
-        mask.detach().clone() if isinstance(mask, Tensor) and mask.dim() == 2 else None,
-        positions.detach().clone() if isinstance(positions, Tensor) and positions.dim() == 2 else None,
-    )
-
-
-def _binary(a: Tensor) -> bool:
-    return a.dtype == torch.bool or (not a.is_floating_point() and bool(((a == 0) | (a == 1)).all()))
-
-
-def _grid(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.arange(batch).repeat_interleave(length),
-        torch.arange(length).repeat(batch),
-    )
-
-
-def _rows_of(given: Tensor | None, result: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor, bool] | None:
-    """Which (row, column) of the ids each row of a head's input is; by shape, else by the hidden states' bits.
-
-    The third says whether the bits agree, or nothing was known to compare with.
-    """
-    if given is None:
-        return None
-    with torch.no_grad(), torch._C.DisableTorchFunction():
-        batch, length = lookup.ids.shape
-        width = given.shape[-1]
-        flat = given.detach().reshape(-1, width)
-        hidden = lookup.hidden
-        if hidden is None or hidden.shape[-1] != width:
-            if len(flat) == batch * length:
-                return *_grid(batch, length), True
-            return (torch.arange(batch), torch.full((batch,), length - 1), True) if len(flat) == batch else None
-        time_first = hidden.dim() == 3 and hidden.shape[:2] == (length, batch) and batch != length
-        seen = hidden.detach().to(given.dtype)
-        seen = (seen.transpose(0, 1) if time_first else seen).reshape(batch * length, width)
-        if time_first and given.dim() == 3 and given.shape[:2] == (length, batch):
-            columns, rows = _grid(length, batch)
-            return rows, columns, True
-        if len(flat) == batch * length and torch.equal(flat[:, :4], seen[:, :4]):
-            return *_grid(batch, length), True
-        if given.dim() == 3 and given.shape[0] == batch:
-            short, grid, few = given.shape[1], seen.reshape(batch, length, width), given.detach()[..., :4]
-            for start in (length - short, length - short - 1, *range(length - short + 1)):
-                if 0 <= start <= length - short and torch.equal(grid[:, start : start + short, :4], few):
-                    rows, columns = _grid(batch, short)
-                    return rows, columns + start, True
-            found = _matched_by_row(given.detach(), grid)
-        else:
-            found = _matched(flat, seen, length)
-        if found is None:
-            return (*_grid(batch, length), False) if len(flat) == batch * length else None
-        return *found, True
-
-
-def _matched_by_row(given: Tensor, grid: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(b, t, D) gathered from (b, L, D) along its columns: row by row, by the bits of the first numbers."""
-    found = []
-    for row in range(len(given)):
-        matched = _matched(given[row], grid[row], grid.shape[1])
-        if matched is None:
-            return None
-        found.append(matched[1])
-    columns = torch.cat(found)
-    return torch.arange(len(given)).repeat_interleave(given.shape[1]), columns
-
-
-def _matched(flat: Tensor, seen: Tensor, length: int) -> tuple[Tensor, Tensor] | None:
-    """Rows of ``flat`` found again among ``seen`` by their first numbers, in order where there is a choice."""
-    few = min(4, flat.shape[1])
-    places: dict[tuple[float, ...], list[int]] = {}
-    for place, key in enumerate(map(tuple, seen[:, :few].float().cpu().tolist())):
-        places.setdefault(key, []).append(place)
-    found, last = [], -1
-    for key in map(tuple, flat[:, :few].float().cpu().tolist()):
-        left = places.get(key)
-        if left is None:
-            return None
-        last = next((place for place in left if place > last), left[0])
-        found.append(last)
-    where = torch.tensor(found)
-    return where // length, where % length
-
-
-# ---- replacing -----------------------------------------------------------------------------------------------------
-
-
-def _replaced(output: Any, old: Tensor, new: Tensor) -> Any:
-    """The output with one tensor in it exchanged."""
-    if output is old:
-        return new
-    if isinstance(output, Mapping):
-        for key, value in output.items():
-            if value is old:
-                output[key] = new  # type: ignore[index]  # a dict or a ModelOutput
-                return output
-    if isinstance(output, tuple):
-        made = [_replaced(value, old, new) for value in output]
-        return type(output)(*made) if hasattr(output, "_fields") else type(output)(made)
-    if isinstance(output, list):
-        return [_replaced(value, old, new) for value in output]
-    for key, value in getattr(output, "__dict__", {}).items():
-        if value is old:
-            with contextlib.suppress(AttributeError):
-                setattr(output, key, new)
-    return output
-
-
-def _as_scores(returned: Any) -> Tensor | None:
-    if isinstance(returned, Tensor):
-        return returned.detach().reshape(-1).double().cpu() if returned.dim() <= 2 else None
-    with contextlib.suppress(TypeError, ValueError):
-        return torch.tensor([float(x) for x in returned], dtype=torch.float64)
-    return None
-
-
-def _like(returned: Any, scores: Tensor) -> Any:
-    if isinstance(returned, Tensor):
-        return scores.to(returned.dtype).to(returned.device).reshape(returned.shape)
-    if hasattr(returned, "__array__"):
-        return scores.numpy().astype(returned.dtype).reshape(returned.shape)
-    kind = type(returned)
-    values = scores.tolist()
-    if returned and isinstance(returned[0], Tensor):
-        values = [s.to(r.dtype).reshape(r.shape) for s, r in zip(scores, returned, strict=True)]
-    return kind(values) if kind in (list, tuple) else values
-
-
-@contextmanager
-def _function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
-    """Put a listener wherever the program keeps this function: module attributes, instances, closures."""
-
-    @functools.wraps(function, updated=())
-    def listened(*args: Any, **kwargs: Any) -> Any:
-        return recorder.texts_scored((*args, *kwargs.values()), function(*args, **kwargs))
-
-    setup_fields = vars(recorder.setup)
-    undo: list[Callable[[], None]] = []
-    if hasattr(function, "__self__") and hasattr(function, "__name__"):
-        holder, name = function.__self__, function.__name__
-        with contextlib.suppress(AttributeError, TypeError):
-            had = name in vars(holder)
-            before = vars(holder).get(name)
-            setattr(holder, name, listened)
-            undo.append(lambda: setattr(holder, name, before) if had else delattr(holder, name))
-    for place in gc.get_referrers(function):
-        if place is setup_fields or place is vars(listened):
-            continue
-        if isinstance(place, dict):
-            for key in [k for k, v in place.items() if v is function]:
-                place[key] = listened
-                undo.append(lambda place=place, key=key: place.__setitem__(key, function))  # type: ignore[misc]
-        elif (
-            type(place).__name__ == "cell"
-            and place.cell_contents is function
-            and all(
-                place is not own for own in getattr(listened, "__closure__", None) or ()
-            )  # cells are equal where their contents are
-        ):
-            place.cell_contents = listened
-            undo.append(lambda place=place: setattr(place, "cell_contents", function))  # type: ignore[misc]
-        elif isinstance(place, list):
-            for i in [i for i, v in enumerate(place) if v is function]:
-                place[i] = listened
-                undo.append(lambda place=place, i=i: place.__setitem__(i, function))  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        for action in reversed(undo):
-            action()
-
-
-@contextmanager
-def _eager() -> Iterator[None]:
-    """Compiled models run as they are written, so that their parts can be seen."""
-    stance = getattr(torch.compiler, "set_stance", None)
-    if stance is None:
-        yield
-        return
-    with stance("force_eager"):
-        yield
-
-
-@contextmanager
-def _optimizers_tapped(recorder: Recorder) -> Iterator[None]:
-    """See every step of torch's optimizers; where steps are held, the call returns without one."""
-    from torch.optim.optimizer import (
-        Optimizer,
-        register_optimizer_step_post_hook,
-        register_optimizer_step_pre_hook,
-    )
-
-    if not recorder.hold:
-
-        def before(optimizer: Any, args: Any, kwargs: Any) -> None:
-            recorder.stepped(optimizer)
-
-        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
-            recorder.note_weights(recorder.steps[-1][2], after=True)
-
-        handles = register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        return
-    patched: list[tuple[type, Any]] = []
-
-    def held(optimizer: Any, closure: Any = None, *args: Any, **kwargs: Any) -> Any:
-        loss = closure() if callable(closure) else None
-        recorder.stepped(optimizer)
-        return loss
-
-    held.hooked = True  # type: ignore[attr-defined]  # so that torch wraps it no further
-    kinds: list[type] = [Optimizer]
-    while kinds:
-        kind = kinds.pop()
-        kinds += kind.__subclasses__()
-        if "step" in vars(kind):
-            patched.append((kind, vars(kind)["step"]))
-            type.__setattr__(kind, "step", held)
-    own: list[tuple[Any, Any]] = []
-    optimizer: Any
-    for optimizer in recorder.known_optimizers:  # learning-rate schedules wrap the step of the instance
-        if "step" in vars(optimizer):
-            own.append((optimizer, vars(optimizer)["step"]))
-            optimizer.step = functools.partial(held, optimizer)
-            optimizer.step._wrapped_by_lr_sched = True  # or the schedule warns that it was taken out
-    try:
-        yield
-    finally:
-        for kind, step in patched:
-            type.__setattr__(kind, "step", step)
-        for optimizer, step in own:
-            optimizer.step = step

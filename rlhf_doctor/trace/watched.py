@@ -67,8 +67,7 @@ def watched(setup: RLHFSetup, run: Run, temperature: float) -> Traced:
 
 
 def _recovered(base: Table, second: Table | None, declared: dict[str, object]) -> Recovered:
-    nothing = np.full(base.tokens.shape, np.nan)
-    made = Recovered(nothing, nothing, nothing, nothing, np.ones(len(base.samples)), {})
+    made = Recovered(base)
     line, reason = targets(base)
     if line is None:
         made.reasons["returns"] = reason

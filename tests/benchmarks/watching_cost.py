@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,15 +140,20 @@ def peak(size: str, watched: bool) -> float:
 
 
 def changed_runs(size: str, epochs: int) -> dict[str, float]:
-    """CPU seconds of the whole examination of a step, in plain steps."""
-    from rlhf_doctor.trace.interventions import conduct
+    """What the step adds to a whole examination, in CPU seconds of plain steps, and how often it was run for it."""
+    from rlhf_doctor.examine import Options, examine
 
-    setup = setup_of(size, epochs)
+    setup, runs = setup_of(size, epochs), SimpleQueue[None]()  # a queue is nothing that an examination puts back
+
+    def counted() -> None:
+        runs.put(None)
+        setup.step()
+
     setup.step()
     step = statistics.median(timed(setup.step)[1] for _ in range(2))
-    found: list[Any] = []
-    cost = timed(lambda: found.append(conduct(setup, 1.0)))[1]
-    return {"steps": cost / step, "runs": found[0].runs, "epochs": epochs}
+    alone = timed(lambda: examine(setup.but(step=None), options=Options(show=False)))[1]
+    whole = timed(lambda: examine(setup.but(step=counted), options=Options(show=False)))[1]
+    return {"steps": (whole - alone) / step, "runs": runs.qsize(), "epochs": epochs}
 
 
 def main() -> None:
@@ -166,7 +172,12 @@ def main() -> None:
     ]
     for one in sets:
         rows.append(
-            (f"all changed runs, {one['epochs']:.0f} epochs a step: CPU seconds in plain steps", 8, one["steps"])
+            (
+                f"all that is run of a step of {one['epochs']:.0f} epochs ({one['runs']:.0f} runs, most of them cut short): "
+                "CPU seconds, in plain steps",
+                8,
+                one["steps"],
+            )
         )
     text = ["## Watching a training step", ""]
     text += [f"GPT-2 of size {given.size}, 4 × 512 tokens. `python tests/benchmarks/watching_cost.py`.", ""]

@@ -100,6 +100,36 @@ def test_unknown_names_are_mentioned_with_the_nearest() -> None:
     assert "Did you mean" not in found[2][3]
 
 
+class Trainer:
+    """Options that a method takes by other names."""
+
+    def ignoring(self, loss: Any, *, cliprange: float = 0.2, **rest: Any) -> Any:
+        return loss.clamp(-cliprange, cliprange)
+
+    def passing_on(self, loss: Any, *, cliprange: float = 0.2, **rest: Any) -> Any:
+        return self.ignoring(loss, cliprange=cliprange, **rest)
+
+    def reading(self, loss: Any, *, cliprange: float = 0.2, **rest: Any) -> Any:
+        return [loss.clamp(-x, x) for x in (rest.get("clip_range_high"),)]
+
+
+@pytest.mark.parametrize(
+    ("function", "severity"), [("ignoring", "warning"), ("passing_on", "info"), ("reading", "info")]
+)
+def test_an_option_that_other_keywords_swallow(function: str, severity: str) -> None:
+    setup = declared(clip_range_high=0.3).but(functions={"policy_loss": getattr(Trainer(), function)})
+    assert [grade for _, _, grade, _ in said(setup, ["CFG003"])] == [severity]
+
+
+def test_an_option_that_one_function_swallows_and_another_knows() -> None:
+    def value_loss(v: Any, clip_range_high: float) -> Any:
+        return v * clip_range_high
+
+    setup = declared(clip_range_high=0.3)
+    both = setup.but(functions={"policy_loss": Trainer().ignoring, "value_loss": value_loss, "gae": max})
+    assert [grade for _, _, grade, _ in said(both, ["CFG003"])] == ["info"]
+
+
 def test_paths(tmp_path: Path) -> None:
     folder = checkpoints.save(zoo.decoder("llama"), tmp_path / "policy")
     assert grave(RLHFSetup(policy=str(folder), tokenizer=zoo.tokenizer()), ["CFG004"]) == []

@@ -102,8 +102,8 @@ def counted() -> Iterator[dict[str, int]]:
         after.remove()
 
 
-def examined(setup: RLHFSetup, seed: int = 0) -> tuple[Examination, int, int]:
-    """(the whole examination, forward passes, steps); one thread, every generator seeded."""
+def examined(setup: RLHFSetup, seed: int = 0, stage: Stage = Stage.TRACE) -> tuple[Examination, int, int]:
+    """(the examination up to a stage, forward passes, steps); one thread, every generator seeded."""
     steps: SimpleQueue[None] = SimpleQueue()  # which is nothing that an examination puts back
 
     def step() -> Any:
@@ -116,7 +116,8 @@ def examined(setup: RLHFSetup, seed: int = 0) -> tuple[Examination, int, int]:
     try:
         with counted() as passes:
             found = examine(
-                setup if setup.step is None else setup.but(step=step), options=Options(show=False, seed=seed)
+                setup if setup.step is None else setup.but(step=step),
+                options=Options(stage, seed=seed, show=False),
             )
     finally:
         torch.set_num_threads(threads)
@@ -138,16 +139,31 @@ def failures(found: Examination) -> tuple[str, ...]:
     return (*(f"error: {sentence}" for _, sentence in found.errors), *crashed)
 
 
+def _right(case: Case, found: Examination) -> list[str]:
+    """The accepted codes that were found in an accepted role."""
+    return [
+        code
+        for code, role, severity in told(found)[0]
+        if severity is not Severity.INFO and code in case.codes and role in case.roles
+    ]
+
+
 def judge(case: Case, given: Mapping[str, Any], seed: int = 0) -> Said:
-    """Examine a case with every check."""
+    """Examine a case with every check; once more without later stages where a check says that it may do without."""
     seeded(seed)
     found, passes, steps = examined(case.setup(given), seed)
     shown, roots = told(found)
     checks = registry()
     grave = [(code, role) for code, role, severity in shown if severity is not Severity.INFO]
-    right = [(code, role) for code, role in grave if code in case.codes and role in case.roles]
-    first = min((code for code, _ in right), key=lambda code: ORDER.index(checks[code].stage), default="")
+    right = _right(case, found)
+    first = min(right, key=lambda code: ORDER.index(checks[code].stage), default="")
     stage = checks[first].stage if first else None
+    for code in right:
+        early = checks[code].early
+        if early is not None and stage is not None and ORDER.index(early) < ORDER.index(stage):
+            seeded(seed)
+            if code in _right(case, examined(case.setup(given), seed, early)[0]):
+                first, stage = code, early
     return Said(
         found=bool(right),
         first=bool(roots) and roots[0][0] in case.codes and roots[0][1] in case.roles,

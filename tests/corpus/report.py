@@ -73,8 +73,9 @@ def sound_row(job: tuple[str, int]) -> Row:
     name, seed = job
     seeded(seed)
     found, passes, steps = examined(ZOO[name].setup(_GIVEN["given"], seed), seed)
+    from_files, *_ = examined(ZOO[name].setup(_GIVEN["given"], seed), seed, Stage.STATIC)
     _GIVEN["given"].shared.drop_copies()
-    shown, _ = told(found)
+    shown = [*told(found)[0], *told(from_files)[0]]
     alarms = [f"{code} {role}" for code, role, severity in shown if severity is not Severity.INFO]
     infos = sorted({f"{code} {role}" for code, role, severity in shown if severity is Severity.INFO})
     return {

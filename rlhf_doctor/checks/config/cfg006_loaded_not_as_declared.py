@@ -18,7 +18,13 @@ BITS = {"float64": 64, "float32": 32, "bfloat16": 16, "float16": 16}
 SHARE = 0.5
 
 
-@check("CFG006", "what is in memory is what was declared", stage=Stage.PROBE, severity=Severity.WARNING)
+@check(
+    "CFG006",
+    "what is in memory is what was declared",
+    stage=Stage.PROBE,
+    severity=Severity.WARNING,
+    early=Stage.STATIC,
+)
 def loaded_not_as_declared(
     setup: Any, parameters: Mapping[Role, Parameters], manifest: Mapping[Role, Manifest]
 ) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ WRAPPING = ("weight", "modules_to_save", "default", "original_module")
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("SYS012",),
+    early=Stage.STATIC,
 )
 def parameters_missing(
     setup: Any,

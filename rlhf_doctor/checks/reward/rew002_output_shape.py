@@ -7,6 +7,8 @@ from typing import Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.checks.bounds import described, holds_back, observed_scores
+from rlhf_doctor.checks.heads import head_of_labels
+from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.on_samples import OnSamples
 from rlhf_doctor.instruments.preferences import PairScores
@@ -28,11 +30,12 @@ MEANINGS = {
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("PRE004",),
+    early=Stage.STATIC,
 )
 def reward_output_shape(
-    reward_output: Output,
     reward_manifest: Manifest,
     setup: Any,
+    reward_output: Output | None = None,
     reward_head_range: HeadRange | None = None,
     reward_on_samples: OnSamples | None = None,
     reward_preferences: PairScores | None = None,
@@ -69,26 +72,24 @@ def reward_output_shape(
         where it reaches ±5 too.
     """
     o = reward_output
+    if o is None:
+        if (head := head_of_labels(reward_manifest, setup)) is None:
+            raise Unavailable("needs the reward model's output")
+        evidence = Evidence("rows of the classifier's head", "1", str(head.width), where=head.name)
+        yield _not_one(f"{head.width} labels for a sequence", evidence)
+        return
     if o.kind == "scalar per token":
         yield from _per_token(o, reward_manifest, setup)
     elif o.kind != "scalar per sequence":
         labels = " that sum to one, probabilities of labels" if o.sums_to_one else ""
-        meaning = MEANINGS.get(o.kind, "nothing that holds one number per sequence").format(
-            n=o.shape[-1:] and o.shape[-1]
-        )
-        yield Finding(
-            f"The reward model gives {meaning}{labels}. It should give one score per sequence, shape (batch,): use one "
-            "label (num_labels=1) and read it at the last token.",
-            role="reward",
-            confidence=Confidence.PROVEN,
-            evidence=(_shape(o),),
-        )
+        width = o.shape[-1:] and o.shape[-1]
+        meaning = MEANINGS.get(o.kind, "nothing that holds one number per sequence").format(n=width)
+        yield _not_one(meaning + labels, _shape(o))
     if reward_head_range is None or o.kind not in ("scalar per sequence", "scalar per token"):
         return
     seen = observed_scores(o, reward_on_samples, reward_preferences)
-    if (reward_variation is not None and reward_variation.still) or not holds_back(
-        reward_head_range, seen, setup.declared
-    ):
+    still = reward_variation is not None and reward_variation.still
+    if still or not holds_back(reward_head_range, seen, setup.declared):
         return  # a constant is REW006's
     r = reward_head_range
     probability = r.bounded_below and r.bounded_above and r.low >= 0 and r.high <= 1
@@ -107,6 +108,16 @@ def reward_output_shape(
                 where=f"behind the last projection: {', '.join(r.activations) or 'a bound'}",
             ),
         ),
+    )
+
+
+def _not_one(gives: str, evidence: Evidence) -> Finding:
+    return Finding(
+        f"The reward model gives {gives}. It should give one score per sequence, shape (batch,): use one label "
+        "(num_labels=1) and read it at the last token.",
+        role="reward",
+        confidence=Confidence.PROVEN,
+        evidence=(evidence,),
     )
 
 

@@ -15,7 +15,13 @@ RARELY = 0.01
 MOST = 0.9
 
 
-@check("ROL006", "rollouts stop by themselves and are drawn", stage=Stage.PROBE, severity=Severity.WARNING)
+@check(
+    "ROL006",
+    "rollouts stop by themselves and are drawn",
+    stage=Stage.PROBE,
+    severity=Severity.WARNING,
+    early=Stage.STATIC,
+)
 def never_stops(
     setup: Any, policy_samples: Samples | None = None, policy_text_loss: TextLoss | None = None
 ) -> Iterator[Finding]:

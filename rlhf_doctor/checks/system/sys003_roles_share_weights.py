@@ -12,7 +12,13 @@ from rlhf_doctor.instruments.readings import Manifest
 from rlhf_doctor.instruments.sharing import Sharing
 
 
-@check("SYS003", "models that must be separate share no trained weights", stage=Stage.PROBE, severity=Severity.ERROR)
+@check(
+    "SYS003",
+    "models that must be separate share no trained weights",
+    stage=Stage.PROBE,
+    severity=Severity.ERROR,
+    early=Stage.STATIC,
+)
 def roles_share_weights(
     setup: Any, sharing: tuple[Sharing, ...], manifest: Mapping[Role, Manifest]
 ) -> Iterator[Finding]:

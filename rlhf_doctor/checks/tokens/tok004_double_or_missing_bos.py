@@ -20,7 +20,13 @@ from rlhf_doctor.instruments.vocabularies import feeding_tokenizer
 COSTLY = 0.5
 
 
-@check("TOK004", "prompts begin with one BOS and do not end in EOS", stage=Stage.PROBE, severity=Severity.WARNING)
+@check(
+    "TOK004",
+    "prompts begin with one BOS and do not end in EOS",
+    stage=Stage.PROBE,
+    severity=Severity.WARNING,
+    early=Stage.STATIC,
+)
 def double_or_missing_bos(
     setup: Any,
     manifest: Mapping[Role, Manifest],

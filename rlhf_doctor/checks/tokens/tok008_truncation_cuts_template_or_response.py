@@ -18,7 +18,13 @@ from rlhf_doctor.instruments.vocabularies import feeding_tokenizer
 FEW = 0.1
 
 
-@check("TOK008", "truncation cuts off nothing that matters", stage=Stage.PROBE, severity=Severity.ERROR)
+@check(
+    "TOK008",
+    "truncation cuts off nothing that matters",
+    stage=Stage.PROBE,
+    severity=Severity.ERROR,
+    early=Stage.STATIC,
+)
 def truncation_cuts_template_or_response(
     setup: Any,
     manifest: Mapping[Role, Manifest],
