@@ -213,6 +213,7 @@ class Recorder(TorchFunctionMode):
         self._marks: dict[Role, list[Tensor]] = {}
         self._widths: set[int] = set()
         self._hushed: torch.nn.Module | None = None  # the layer that is being run
+        self._scored: set[bytes] = set()  # texts that the policy was seen to score
         for role in MODEL_ROLES:
             self._learn(role)
 
@@ -450,31 +451,46 @@ class Recorder(TorchFunctionMode):
         call.candidates = torch.stack(tokens, 1)
         call.at_candidates = logits.gather(1, call.candidates.clamp(min=0)).float()
         call.at_columns = logits[:, fixed].float()
-        # Only the policy's tokens may have been drawn at a temperature that no one has declared.
-        wanted = self.temperatures if call.role == "policy" else tuple(dict.fromkeys((self.temperatures[0], 1.0)))
+        wanted = self.temperatures if self._may_be_drawn(call) else tuple(dict.fromkeys((self.temperatures[0], 1.0)))
         pieces: dict[float, list[Tensor]] = {t: [] for t in wanted}
         entropies = []
+        room: tuple[Tensor, Tensor] | None = None  # used again for every piece: new memory costs more than the sums
         for piece in logits.split(max(1, CHUNK // size)):  # type: ignore[no-untyped-call]
             z = piece.float() if piece.dtype != torch.float64 else piece
+            if room is None or len(room[0]) != len(z):
+                room = torch.empty_like(z), torch.empty_like(z)
+            peak = z.amax(-1)
+            peak = torch.where(peak.isfinite(), peak, 0.0)
+            below = torch.sub(z, peak[:, None], out=room[0])
             for i, t in enumerate(wanted):
-                zt = z if t == 1 else z / t
-                if i or call.role == "reference":
-                    pieces[t].append(zt.logsumexp(-1))
-                    continue
-                logp = zt.log_softmax(-1)
-                peak, at = zt.max(-1)
-                lse = peak - logp.gather(1, at[:, None])[:, 0]
-                mean = torch.einsum("rv,rv->r", logp.exp_(), zt)
-                if bool(mean.isnan().any()):  # logits of minus infinity, as filters set them
-                    mean = torch.nan_to_num(logp * zt, nan=0.0).sum(-1)
-                pieces[t].append(lse)
-                entropies.append(lse - mean)
+                odds = torch.mul(below, 1 / t, out=room[1]).exp_()
+                total = odds.sum(-1)
+                pieces[t].append(peak / t + total.log())
+                if i == 0 and call.role == "policy":
+                    mean = torch.einsum("rv,rv->r", odds, below)
+                    if bool(mean.isnan().any()):  # logits of minus infinity, as filters set them
+                        mean = torch.nan_to_num(odds * below, nan=0.0).sum(-1)
+                    entropies.append(total.log() - mean / total / t)
         call.lse = {t: torch.cat(found) for t, found in pieces.items()}
         call.entropy = torch.cat(entropies) if entropies else None
         end = _constant_from(ids)[rows]
         last = ((columns == length - 1) | (columns == end) | (columns == end + 1)).nonzero()[:, 0]
         if len(last):
             call.tail, call.tail_of = logits[last].clone(), last
+
+    def _may_be_drawn(self, call: Call) -> bool:
+        """Whether tokens of these texts may have been drawn at a temperature that no one has declared.
+
+        They are the policy's from before its first update, and once is enough for each text.
+        """
+        if call.role != "policy" or call.window:
+            return False
+        rows = set(map(bytes, call.ids.cpu().numpy()))
+        if call.with_grad and rows <= self._scored:
+            return False
+        if len(call.rows) > len(call.ids):  # more than the next token's logits
+            self._scored |= rows
+        return True
 
     def _reduce_gradient(self, call: Call, gradient: Tensor) -> None:
         kept = call.gradient

@@ -173,7 +173,7 @@ def main() -> None:
     for one in sets:
         rows.append(
             (
-                f"all that is run of a step of {one['epochs']:.0f} epochs ({one['runs']:.0f} runs, most of them cut short): "
+                f"all runs of a step of {one['epochs']:.0f} epochs ({one['runs']:.0f}, most of them cut short): "
                 "CPU seconds, in plain steps",
                 8,
                 one["steps"],
