@@ -10,6 +10,7 @@ import numpy as np
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.trace.advantage import moved_share, trusted
 from rlhf_doctor.trace.recover import masked
+from rlhf_doctor.trace.spans import left_out
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Baselines", "baselines"]
 
 STILL = 1e-6  # of the largest weight
+CLOSE = 1e-2  # of a group's spread
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,15 @@ def baselines(traced: Traced, size: int | None) -> Baselines:
     if not any(len(g) > 1 for g in groups):
         raise Unavailable("needs several responses to a prompt that are trained on in the step")
     traced.needs("one score")
-    per_row = _advantages(traced)
+    per_row, out = _advantages(traced), left_out(base)
     best: tuple[float, str, list[float], Floats] | None = None
     for name, scale in _weightings(base).items():
         a = per_row / scale
-        sums = [float(a[g].sum() / (np.abs(a[g]).sum() or 1.0)) for g in groups if np.isfinite(a[g]).all()]
+        sums = [
+            float(a[g].sum() / (np.abs(a[g]).sum() or 1.0))
+            for g in groups
+            if np.isfinite(a[g]).all() and _tells(a[g], base.scores[g], out[g])
+        ]
         worst = max(map(abs, sums), default=np.inf)
         if sums and (best is None or worst < 0.5 * best[0]):
             best = worst, name, sums, a
@@ -88,8 +94,27 @@ def baselines(traced: Traced, size: int | None) -> Baselines:
         raise Unavailable("needs one advantage a response, and the policy's gradient shows several")
     changed = int(np.flatnonzero(traced.experiments.done["one score"].touched)[0])
     moved = moved_share(traced, "one score") > STILL
-    mates = next((g for g in groups if changed in g), [changed])
-    return Baselines(groups, best[2], best[1], changed, [s for s in mates if s != changed], moved, best[3])
+    mates = [s for s in next((g for g in groups if changed in g), []) if s != changed and not out[s]]
+    return Baselines(groups, best[2], best[1], changed, mates, moved, best[3])
+
+
+def _tells(advantages: Floats, scores: Floats, out: Bools) -> bool:
+    """Whether a group's sum says anything: all of it is trained on, or what is left out was counted as scores of 0.
+
+    Cut texts are left out of the loss by choice (https://arxiv.org/abs/2503.14476, overlong filtering), with their
+    scores in the baseline or without.
+    """
+    if not out.any() or out.all():
+        return True
+    kept = ~out
+    if not np.isfinite(scores).all() or np.ptp(scores[kept]) == 0:
+        return False
+    slope, at_zero = np.polyfit(scores[kept], advantages[kept], 1)
+    left = np.abs(slope * scores[kept] + at_zero - advantages[kept]).max()
+    if not slope or left > CLOSE * np.abs(advantages).max():
+        return False
+    off = [abs(-at_zero / slope - mean) for mean in (scores.mean(), scores[kept].mean(), scores[kept].sum() / len(out))]
+    return bool(off[2] < min(CLOSE * np.ptp(scores[kept]), *off[:2]))
 
 
 def _advantages(traced: Traced) -> Floats:
@@ -129,19 +154,28 @@ def _level(row: Floats) -> float:
 def _weightings(base: Table) -> dict[str, Floats]:
     """How a row's tokens may be weighted: alike, by the row's length, by the tokens of its minibatch or pass."""
     lengths = np.maximum(base.real.sum(1), 1).astype(np.float64)
-    windows = base.windows.get("policy", np.zeros(len(lengths), dtype=np.int64))
-    per_window = np.array([lengths[windows == w].sum() for w in windows])
-    rows_of_window = np.array([float((windows == w).sum()) for w in windows])
+    kept = np.where(left_out(base), 0.0, 1.0)
+    windows = np.where(np.isfinite(base["window"]), base["window"], -1).max(1, initial=-1).astype(np.int64)
     passes = np.full(len(lengths), -1)
+    rows_of: dict[int, list[int]] = {}  # of each minibatch; copies of a sample are as good as each other
     for placed in base.placed:
         if placed.call.role == "policy" and placed.call.backwards:
-            rows = np.unique(placed.row_sample[placed.row_sample >= 0])
+            rows = placed.row_sample[placed.row_sample >= 0]
+            rows_of.setdefault(placed.call.window, []).extend(rows.tolist())
+            rows = np.unique(rows)
             passes[rows[passes[rows] < 0]] = placed.call.nth
     per_pass = np.array([lengths[passes == p].sum() for p in passes])
+
+    def total(of: Floats) -> Floats:
+        sums = {window: max(float(of[rows].sum()), 1.0) for window, rows in rows_of.items()}
+        return np.array([sums.get(int(w), 1.0) for w in windows])
+
     return {
         "every token alike": np.ones(len(lengths)),
         "the mean of each response": 1 / lengths,
-        "the mean of each minibatch": 1 / per_window,
-        "the mean of each minibatch's responses": 1 / (lengths * rows_of_window),
+        "the mean of each minibatch": 1 / total(lengths),
+        "the mean of each minibatch's responses": 1 / (lengths * total(np.ones(len(lengths)))),
         "the mean of each pass": 1 / per_pass,
+        "the mean of each minibatch's tokens that are not left out": 1 / total(lengths * kept),
+        "the mean of each minibatch's responses that are not left out": 1 / (lengths * total(kept)),
     }

@@ -12,6 +12,7 @@ from rlhf_doctor.facts import Broken
 from rlhf_doctor.trace import changes
 from rlhf_doctor.trace.keep import Snapshot
 from rlhf_doctor.trace.runs import Run, Stepper
+from rlhf_doctor.trace.spans import left_out
 from rlhf_doctor.trace.table import Placed, Table, tabulate
 from rlhf_doctor.trace.taps import Change, nearby
 
@@ -241,6 +242,12 @@ class _Conductor:
         self.shape = base.tokens.shape
         first: dict[tuple[int, ...], int] = {}
         # Samples of the same tokens cannot be told apart once rows are shuffled: they are changed alike.
+        # Samples that are left out of the losses do not show what is changed of them.
+        self.idle = (
+            left_out(base)
+            if base.has("weight") and not base.has("value_gradient")
+            else np.zeros(len(base.samples), bool)
+        )
         self.twin = np.array([first.setdefault(s.tokens, i) for i, s in enumerate(base.samples)], dtype=np.int64)
         self.groups = self._groups()[self.twin]
 
@@ -250,6 +257,8 @@ class _Conductor:
         seen = np.zeros(len(base.samples), dtype=bool)
         for name in ("weight", "value_gradient"):
             seen |= (np.isfinite(base[name]) & base.real).any(1)
+        if (seen & ~self.idle).any():
+            seen &= ~self.idle
         group = np.zeros(len(base.samples), dtype=np.int64)
         window = base.windows.get("policy", base.windows.get("value", group))
         for number in np.unique(window[seen]):
@@ -305,16 +314,18 @@ class _Conductor:
         base = self.base
         scores = base.scores
         lengths = base.real.sum(1)
-        trained = base.windows.get("value", base.windows.get("policy", np.zeros(len(scores))))
-        fit = np.isfinite(scores) & (trained == max(trained.min(), 0))
-        if not fit.any():
-            fit = np.isfinite(scores)
+        by_role = [base.windows.get(role, np.full(len(scores), -1)) for role in ("value", "policy")]
+        trained = next((windows for windows in by_role if windows.max(initial=-1) >= 0), np.zeros(len(scores)))
+        fit = np.isfinite(scores)
+        for better in (~self.idle, trained == max(trained.min(initial=0), 0)):
+            if (fit & better).any():
+                fit &= better
         middle = np.nanmedian(scores[fit])
         alone = np.bincount(self.twin, minlength=len(scores))[self.twin] == 1
         rank = np.where(fit, lengths - 5 * np.abs(scores - middle) + 100 * alone, -np.inf)
         chosen = int(np.argmax(rank))
         amounts = np.zeros(len(scores))
-        amounts[chosen] = self._size(scores) * (1 if scores[chosen] <= middle else -1)
+        amounts[self.twin[chosen]] = self._size(scores) * (1 if scores[chosen] <= middle else -1)
         self._scored("one score", amounts)
 
     def _all_scores(self) -> None:

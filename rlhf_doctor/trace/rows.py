@@ -13,7 +13,7 @@ from rlhf_doctor.trace import changes
 from rlhf_doctor.trace.interventions import Experiment, Experiments
 from rlhf_doctor.trace.recover import Recovered
 from rlhf_doctor.trace.runs import Stepper
-from rlhf_doctor.trace.spans import Spans, spans
+from rlhf_doctor.trace.spans import Spans, left_out, spans
 from rlhf_doctor.trace.table import Table, tabulate
 from rlhf_doctor.trace.taps import Change
 
@@ -128,7 +128,7 @@ def group_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
 def _out_of_order(base: Table) -> list[int]:
     """Samples whose weights are on the wrong side of others of their prompt, whichever way rows are weighted."""
     weight = np.where(base.real & np.isfinite(base["weight"]), base["weight"], 0.0)
-    seen = (np.isfinite(base["weight"]) & base.real).any(1) & np.isfinite(base.scores)
+    seen = (np.isfinite(base["weight"]) & base.real).any(1) & np.isfinite(base.scores) & ~left_out(base)
     sums, means = weight.sum(1), weight.sum(1) / np.maximum(base.real.sum(1), 1)
     count = np.zeros(len(base.samples), dtype=np.int64)
     for i in np.flatnonzero(seen):

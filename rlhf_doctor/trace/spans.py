@@ -17,11 +17,20 @@ if TYPE_CHECKING:
     Bools = NDArray[np.bool_]
     Ints = NDArray[np.int64]
 
-__all__ = ["Spans", "spans"]
+__all__ = ["Spans", "left_out", "spans"]
 
 MOVED = 1e-3  # of the values' spread
 SURE = -1e-3  # nats
 NOTHING = 1e-7  # of the largest gradient: what rounding leaves of a masked one
+
+
+def left_out(base: Table) -> Bools:
+    """(S,) samples whose every token has a policy gradient of 0: no advantage, or cut texts that are not trained on."""
+    weight = np.where(base.real, np.abs(base["weight"]), np.nan)
+    known = np.isfinite(weight)
+    largest = np.where(known, weight, 0.0).max(1, initial=0.0)
+    found: Bools = known.any(1) & (largest <= NOTHING * largest.max(initial=0.0))
+    return found
 
 
 @dataclass

@@ -190,6 +190,12 @@ for _style in STYLES:
     if _style not in NEEDS or _style == "lora_adapter_off":
         add(f"loop {_style}", functools.partial(lambda style: built(style), _style))
 add("loop plain_modules, reward a function of texts", lambda: built("plain_modules", reward="texts"))
+add("loop micro_batches, cut texts left out of the losses", lambda: built("micro_batches", leave_cut_out=True))
+for _average in ("seq-mean", "token-mean"):
+    add(
+        f"loop grpo_groups, cut texts left out of the loss, {_average}",
+        functools.partial(lambda average: built("grpo_groups", leave_cut_out=True, average=average), _average),
+    )
 
 
 # ---- taken for bugs, and none ----------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def two_models(size: int) -> tuple[Any, Any]:
     return policy, reward.eval().requires_grad_(False)
 
 
-def build(fault: str | None = None) -> dict[str, Any]:
+def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str = "seq-mean") -> dict[str, Any]:
     if fault is not None and fault not in FAULTS:
         raise ValueError(f"unknown fault {fault!r}")
     tok = words()
@@ -208,6 +208,8 @@ def build(fault: str | None = None) -> dict[str, Any]:
             ended = (ids[:, -width:] == EOS).long()
             attention[:, -width:] = ended.cumsum(1) - ended == 0
         mask = attention[:, -width:].bool()
+        if leave_cut_out:
+            mask = mask & (ids[:, -width:] == EOS).any(1, keepdim=True)
         lengths = mask.sum(1)
         old = per_token(policy, ids, None if fault == "old_logprobs_without_mask" else attention, width)
         if fault == "missing_logprobs_are_zero":
@@ -239,8 +241,8 @@ def build(fault: str | None = None) -> dict[str, Any]:
             "advantages": relative(used, lengths),
         }
 
-    def loss_of(b: dict[str, Tensor], rows: Tensor, sequences: int) -> tuple[Tensor, Tensor]:
-        mask = b["mask"][rows]
+    def loss_of(b: dict[str, Tensor], rows: Tensor, minibatch: Tensor) -> tuple[Tensor, Tensor]:
+        mask, sequences = b["mask"][rows], len(minibatch)
         if fault == "mask_ends_before_eos":
             mask = mask & (b["responses"][rows] != EOS)
         elif fault == "mask_runs_to_the_end":
@@ -263,6 +265,8 @@ def build(fault: str | None = None) -> dict[str, Any]:
         kl = -apart if fault == "kl_k1_in_the_loss" else apart.exp() - 1 - apart
         weight = {"kl_lowers_the_loss": -KL, "kl_weight_0_4": 10 * KL}.get(fault or "", KL)
         each = torch.where(mask, -gain, 0.0) + weight * kl
+        if average == "token-mean":
+            return each.sum() / b["mask"][minibatch].sum().clamp(min=1), ratio.detach()
         if fault == "token_mean":
             return each.sum() / mask.sum() * len(rows) / sequences, ratio.detach()
         lengths = mask.sum(1).clamp(min=1)
@@ -283,7 +287,7 @@ def build(fault: str | None = None) -> dict[str, Any]:
                     optimizer.zero_grad()
                 total, ratios = 0.0, []
                 for few in rows.chunk(MICRO):
-                    loss, ratio = loss_of(batch, few, len(rows))
+                    loss, ratio = loss_of(batch, few, rows)
                     loss.backward()
                     total += loss.item()
                     ratios.append(ratio)
@@ -324,6 +328,6 @@ def build(fault: str | None = None) -> dict[str, Any]:
             "response_length": RESPONSE,
             "dtype": "float32",
             "reference": "policy",
-            "loss_aggregation": "seq-mean",
+            "loss_aggregation": average,
         },
     }

@@ -193,6 +193,7 @@ class Trainer:
         self.actor_optimizer, self.critic_optimizer = actor_optimizer, critic_optimizer
         self.engine = copy.deepcopy(actor) if fault == "engine_never_synchronised" else actor
         self.kl_coef = KL_COEF
+        self.leave_cut_out = False
         self.buffer: list[Experience] = []
         self.first_head = copy.deepcopy(critic.value_head.state_dict())
         if fault == "adapter_merged_and_unmerged":
@@ -336,6 +337,8 @@ class Trainer:
         if self.fault == "critic_learns_normalised_returns":
             returns = (returns - returns[true_mask].mean()) / returns[true_mask].std()
         self.scores = scores
+        if self.leave_cut_out:
+            action_mask = action_mask & (sequences[:, -actions:] == EOS).any(1, keepdim=True)
         return Experience(
             sequences, attention_mask, action_mask, log_probs, base, values, rewards, advantages, returns
         )  # fmt: skip
@@ -525,7 +528,7 @@ class Trainer:
         }  # fmt: skip
 
 
-def build(fault: str | None = None) -> dict[str, Any]:
+def build(fault: str | None = None, *, leave_cut_out: bool = False) -> dict[str, Any]:
     assert fault is None or fault in FAULTS, fault
     tok = tokenizer("left")
     actor, reward = tiny_llama(2), tiny_llama(3, "score").requires_grad_(False)
@@ -539,6 +542,7 @@ def build(fault: str | None = None) -> dict[str, Any]:
         of_critic.parameters(), lr=CRITIC_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
     )
     trainer = Trainer(actor, critic, reward, reference, tok, actor_optimizer, critic_optimizer, fault)
+    trainer.leave_cut_out = leave_cut_out
     return {
         "policy": actor,
         "reference": reference,

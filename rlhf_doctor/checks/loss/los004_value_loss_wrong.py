@@ -51,6 +51,7 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
         is so at single tokens, not at a quarter of them.
     """
     from rlhf_doctor.trace.apart import scales_apart
+    from rlhf_doctor.trace.spans import left_out
 
     base = traced.base
     if setup.value is None:
@@ -60,6 +61,8 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
         return
     gradient = base["value_gradient"]
     known = base.real & (gradient == gradient)
+    unused = left_out(base) & ~(known & (gradient != 0)).any(1)  # cut texts, left out of both losses
+    known = known & (~unused[:, None] | unused.all())
     count = int(known.sum())
     none = int((gradient[known] == 0).sum())
     if none == count:
