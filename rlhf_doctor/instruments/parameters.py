@@ -22,11 +22,11 @@ def parameters(role: Role, models: Models | None, setup: Any) -> Parameters:
     Raises:
         Unavailable: the role is a function, or has to be loaded first.
     """
+    given = setup.model(role)
+    if models is None and not callable(getattr(given, "named_parameters", None)):
+        raise Unavailable("needs --stage probe, which loads models" if given is not None else f"needs a {role} model")
     import torch
 
-    given = setup.model(role)
-    if models is None and not isinstance(given, torch.nn.Module):
-        raise Unavailable("needs --stage probe, which loads models" if given is not None else f"needs a {role} model")
     loaded_here = models is not None and models.get(role).loaded_here
     module = given if models is None else models.get(role).module
     named = list(module.named_parameters())

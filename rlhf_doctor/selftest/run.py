@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -132,6 +132,7 @@ def run(codes: Sequence[str] = (), progress: Progress = lambda _: None, workers:
 WORTH_A_PROCESS = 25  # trials: as long as it takes to start one and train the healthy setup in it
 Job = tuple[str, int, tuple[str, ...]]  # (code, which of its faults; "" for a healthy setup, its codes)
 _HERE: list[Patients] = []
+_QUIET: list[AbstractContextManager[None]] = []  # let go of, it would end
 
 
 def _begin(folder: str) -> None:
@@ -139,7 +140,8 @@ def _begin(folder: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    quiet_libraries().__enter__()
+    _QUIET.append(quiet_libraries())
+    _QUIET[0].__enter__()
     _HERE.append(Patients(Path(folder) / str(os.getpid())))
 
 

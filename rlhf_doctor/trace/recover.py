@@ -39,6 +39,7 @@ UNKNOWN: Mapping[str, Any] = {
     "gamma_lam": None, "gamma": None, "lam": None, "gamma_lam_of_policy": None, "scores_shared": False, "rewards": None,
     "edges": None,
 }  # fmt: skip
+LINEAR = 0.25  # of the tokens
 SHARED = 4e-3  # of a changed score: float32 leaves 1e-4, a mean over 200 samples 5e-3
 
 
@@ -157,6 +158,12 @@ def _returns(made: Recovered, found: Experiments) -> None:
     with np.errstate(divide="ignore", invalid="ignore"):
         amounts = np.where(pushed.amounts != 0, pushed.amounts, np.nan)
         kappa = masked(base, pushed.moved(base, "value_gradient") / amounts)
+        linear = (kappa == 0) & (masked(base, base["value_gradient"]) != 0)
+        if linear.any() and not linear[np.isfinite(kappa)].all():
+            if linear.sum() > LINEAR * np.isfinite(kappa).sum():
+                made.reasons["returns"] = "the critic's loss is linear in most of its errors, so targets do not show"
+                return
+            kappa = np.where(_squared(kappa), kappa, np.nan)
         kappa = np.where(np.abs(kappa) > 0, kappa, np.nan)
         made.kappa = kappa
         made.returns = base["value"] - masked(base, base["value_gradient"]) / kappa
@@ -164,6 +171,13 @@ def _returns(made: Recovered, found: Experiments) -> None:
     made.raw_advantages = made.returns - old
     if not np.isfinite(made.returns).any():
         made.reasons["returns"] = "the critic's gradient does not depend on its values"
+
+
+def _squared(kappa: Floats) -> NDArray[np.bool_]:
+    """Where a loss that is linear far off (Huber's) is a square: at least two tokens of a row agree on the most."""
+    size = np.nan_to_num(np.abs(kappa))
+    top = (size > 0) & (size > 0.99 * size.max(1, keepdims=True, initial=0.0))
+    return np.asarray(top & (top.sum(1, keepdims=True) > 1))
 
 
 def _fits(made: Recovered, base: Table) -> None:

@@ -92,11 +92,22 @@ def value_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:
         alone = Experiment("values", amounts, (amounts != 0).any(1), table, found.first)
         moves = _moves(base, alone, "value_gradient")
         wrong = None if moves is None else _elsewhere(moves, alone.touched, TARGETS)
-        if moves is None and own and (base["value_gradient"][s][base.real[s]] != 0).all():
+        if moves is None and own and _answers(found, int(s)):
             wrong = Moved(TARGETS, (s,), (), 0.0, 0.0)  # other samples' values do move something
         if wrong is not None:
             return wrong
     return None
+
+
+def _answers(found: Experiments, sample: int) -> bool:
+    """Whether the critic's gradient is there at all of a sample's tokens, and follows its values: Huber's does not
+    where it is far off (https://doi.org/10.1214/aoms/1177703732)."""
+    base, pushed = found.base, found.done.get("update values")
+    if pushed is None:
+        return False
+    real = base.real[sample]
+    followed = pushed.moved(base, "value_gradient")[sample][real]
+    return bool((base["value_gradient"][sample][real] != 0).all() and (np.abs(followed) > 0).all())
 
 
 def group_moves(setup: RLHFSetup, found: Experiments) -> Moved | None:

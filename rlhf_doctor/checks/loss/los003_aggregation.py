@@ -17,6 +17,8 @@ MEANS = {
     "sum": "everything is added up, so that the step grows with the batch",
     "fixed": "everything is divided by a number that is the same for all minibatches",
 }
+# A divisor that does not depend on the batch (Dr. GRPO's), as verl and TRL call it.
+CONSTANT = ("fixed", "seq-mean-token-sum-norm", "dr_grpo")
 ROWS = {"seq-mean": True, "token-mean": False, "seq-sum": False, "sum": False}
 
 
@@ -56,7 +58,8 @@ def loss_aggregation(traced: Traced, setup: Any) -> Iterator[Finding]:
 
     read = weighting(traced)
     declared = setup.declared.get("loss_aggregation")
-    fixed = read.name.startswith(("grid", "longest")) and not declared and _is_fixed(read, setup)
+    meant = not declared or declared in CONSTANT
+    fixed = read.name.startswith(("grid", "longest")) and meant and _is_fixed(read, setup)
     if read.name and read.name not in (*SOUND, "undivided") and "undivided" not in read.name and not fixed:
         said = {
             "pieces": "by the tokens of its micro-batch, and by their number",
