@@ -173,7 +173,9 @@ def relative(base: Table) -> list[Floats]:
 def _unit(traced: Traced, line: Line, declared: Mapping[str, Any]) -> float | None:
     """What advantages were divided by; None where it cannot be told whether they were."""
     if not np.isfinite(traced.recovered.raw_advantages).any():
-        return 1.0
+        # REINFORCE++ whitens over the batch; https://arxiv.org/abs/2501.03262
+        whitens = str(declared.get("algorithm") or "").lower().startswith("reinforce")
+        return None if whitens or declared.get("whiten_advantages") is True else 1.0
     known = line.advantage[traced.base.real]
     said = declared.get("whiten_advantages")
     if said is False:

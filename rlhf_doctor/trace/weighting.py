@@ -299,10 +299,17 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _spreads(traced: Traced, raw: Floats) -> list[float]:
-    """What the advantages may have been divided by on the way: nothing, or their deviation over all tokens."""
+    """What the advantages may have been divided by: nothing, or their deviation over all tokens, or all responses."""
     known = raw[np.isfinite(raw)]
     declared = traced.recovered.whitened
     spreads = [float(known.std()), float(known.std(ddof=1))] if len(known) > 1 and declared is not False else []
+    each = np.array([row[np.isfinite(row)][:1] for row in raw if np.isfinite(row).any()]).ravel()
+    if (
+        spreads
+        and len(each) > 1
+        and np.array_equal(np.repeat(each, np.isfinite(raw).sum(1)[np.isfinite(raw).any(1)]), known)
+    ):
+        spreads += [float(each.std()), float(each.std(ddof=1))]
     return [1.0, *spreads] if declared is not True else [*spreads, 1.0]
 
 
