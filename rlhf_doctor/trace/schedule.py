@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.runs import Run
     from rlhf_doctor.trace.table import Placed, Table
 
-__all__ = ["Schedule", "passes", "schedule", "trained_again", "updates"]
+__all__ = ["Schedule", "greedy", "passes", "schedule", "trained_again", "updates"]
 
 Text = tuple[int, ...]
 
@@ -98,6 +98,27 @@ def schedule(table: Table) -> Schedule:
         windows.setdefault(window, Counter()).update(texts[s] for s in rows[rows >= 0])
     scores = {t: float(s) for t, s in zip(texts, table.scores, strict=True) if np.isfinite(s)}
     return Schedule(tuple(windows[w] for w in sorted(windows)), Counter(texts), scores)
+
+
+def greedy(table: Table) -> set[Text]:
+    """Texts whose every token was the likeliest one when it was drawn, as far as the logits were kept."""
+    from rlhf_doctor.trace.draws import chains
+
+    found: set[Text] = set()
+    for chain in chains(table.generation):
+        likeliest = np.zeros(chain.drawn.shape, dtype=bool)
+        for k, call in enumerate(chain.calls):
+            if call.tail is None or call.tail_of is None:
+                continue
+            last = (call.columns[call.tail_of] == call.ids.shape[1] - 1).nonzero()[:, 0]
+            rows, best = call.rows[call.tail_of[last]].tolist(), call.tail[last].argmax(-1).tolist()
+            likeliest[rows, k] = chain.drawn[rows, k] == best
+        for start, drawn, good in zip(chain.calls[0].ids.tolist(), chain.drawn.tolist(), likeliest, strict=True):
+            for s in table.samples:
+                n = min(len(s.response), len(drawn))
+                if tuple(start[-len(s.prompt) :]) == s.prompt and tuple(drawn[:n]) == s.response[:n] and good[:n].all():
+                    found.add(s.tokens)
+    return found
 
 
 def trained_again(first: Table, second: Table) -> tuple[int, int]:

@@ -40,10 +40,11 @@ def update_order(traced: Traced, setup: Any) -> Iterator[Finding]:
         3. Clear the buffer at the start or at the end of every step, also while the actor is frozen.
 
     Source:
+        ReMax scores a greedy response for its baseline and trains on none of it: https://arxiv.org/abs/2310.10505.
         Algorithm 1 of https://arxiv.org/abs/1707.06347, https://github.com/CarperAI/trlx/pull/522 (epochs inside each
         minibatch), https://github.com/OpenRLHF/OpenRLHF/pull/1356 (buffer not cleared).
     """
-    from rlhf_doctor.trace.schedule import schedule, trained_again
+    from rlhf_doctor.trace.schedule import greedy, schedule, trained_again
 
     found, base = traced.experiments, traced.base
     made = schedule(base)
@@ -52,6 +53,7 @@ def update_order(traced: Traced, setup: Any) -> Iterator[Finding]:
     total, count = len(base.samples), len(made.windows)
     again, rows = trained_again(base, found.second) if found.second is not None else (0, 0)
     left = [t for t in made.left_out if not _same_as_its_group(base, made, t)]
+    left = [t for t in left if t not in greedy(base)] if left else []  # a baseline, as in ReMax
     if again:
         yield _finding(
             "A step trains on samples of the step before it, which an older policy drew. Each step should train on its "
