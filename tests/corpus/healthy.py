@@ -18,6 +18,7 @@ import torch
 import zoo
 from foreign import folders, plain
 from loops.examined import NEEDS, STYLES, built
+from loops.grpo_groups import RELATIVES
 
 from rlhf_doctor.selftest import group_loop, kl_faults
 from rlhf_doctor.selftest.loops import reference_step
@@ -191,6 +192,16 @@ for _style in STYLES:
         add(f"loop {_style}", functools.partial(lambda style: built(style), _style))
 add("loop plain_modules, reward a function of texts", lambda: built("plain_modules", reward="texts"))
 add("loop micro_batches, cut texts left out of the losses", lambda: built("micro_batches", leave_cut_out=True))
+add(
+    "loop micro_batches, Huber's loss for the critic",
+    lambda: built("micro_batches", error=functools.partial(torch.nn.functional.huber_loss, delta=0.5)),
+)
+for _name in RELATIVES:
+    if _name:
+        add(
+            f"loop grpo_groups, {_name}",
+            functools.partial(lambda name: built("grpo_groups", relative_of=name), _name),
+        )
 for _average in ("seq-mean", "token-mean"):
     add(
         f"loop grpo_groups, cut texts left out of the loss, {_average}",

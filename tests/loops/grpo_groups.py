@@ -121,7 +121,20 @@ def two_models(size: int) -> tuple[Any, Any]:
     return policy, reward.eval().requires_grad_(False)
 
 
-def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str = "seq-mean") -> dict[str, Any]:
+# Sound relatives: what they are called, and what they declare besides.
+RELATIVES: dict[str, dict[str, Any]] = {
+    "": {},
+    "gspo": {"algorithm": "gspo"},
+    "constant divisor": {"algorithm": "dr. grpo", "loss_aggregation": "seq-mean-token-sum-norm"},
+    "dual clip": {},
+    "whitened over the batch": {"algorithm": "reinforce++-baseline", "group_size": None},
+    "remax": {"algorithm": "remax", "group_size": None},
+}
+
+
+def build(
+    fault: str | None = None, *, leave_cut_out: bool = False, average: str = "seq-mean", relative_of: str = ""
+) -> dict[str, Any]:
     if fault is not None and fault not in FAULTS:
         raise ValueError(f"unknown fault {fault!r}")
     tok = words()
@@ -140,7 +153,7 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
         return F.log_softmax(logits[:, :-1] / TEMPERATURE, -1).gather(-1, targets[..., None]).squeeze(-1)
 
     @torch.no_grad()
-    def sample(ids: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(ids: Tensor, attention: Tensor, greedy: bool = False) -> tuple[Tensor, Tensor]:
         heat = 0.6 if fault == "sampler_at_0_6" else TEMPERATURE
         going = torch.ones(len(ids), dtype=torch.bool)
         for _ in range(RESPONSE):
@@ -148,7 +161,8 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
             logits = sampler(
                 input_ids=ids, attention_mask=attention, position_ids=places, use_cache=False, logits_to_keep=1
             ).logits
-            token = torch.multinomial((logits[:, -1] / heat).softmax(-1), 1)
+            odds = (logits[:, -1] / heat).softmax(-1)
+            token = odds.argmax(-1, keepdim=True) if greedy else torch.multinomial(odds, 1)
             if fault == "one_sample_copied_to_its_group":
                 token = token[::SIZE].repeat_interleave(SIZE, 0)
             token = token.masked_fill(~going[:, None], PAD)
@@ -177,6 +191,10 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
             centred = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)
             return torch.where(lengths > 2, centred.flatten(), 0.0)
         mean, deviation = grouped.mean(1, keepdim=True), grouped.std(1, keepdim=True)
+        if relative_of == "constant divisor":
+            return (grouped - mean).flatten()
+        if relative_of == "whitened over the batch":
+            return ((grouped - mean) / ((grouped - mean).std() + 1e-8)).flatten()
         if fault == "mean_left_in":
             mean = torch.zeros_like(mean)
         elif fault == "baseline_of_the_last_batch":
@@ -230,6 +248,11 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
         elif fault == "score_rounded":
             scores = (scores / 10).round()
         used = torch.zeros_like(scores) if fault == "score_not_used" else scores
+        if relative_of == "remax":
+            likeliest, seen = sample(start["input_ids"], start["attention_mask"], greedy=True)
+            advantages = used - reward(input_ids=likeliest, attention_mask=seen).logits.squeeze(-1)
+        else:
+            advantages = relative(used, lengths)
         return {
             "ids": ids,
             "attention": attention,
@@ -238,7 +261,7 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
             "old": old,
             "ref": ref,
             "scores": scores,
-            "advantages": relative(used, lengths),
+            "advantages": advantages,
         }
 
     def loss_of(b: dict[str, Tensor], rows: Tensor, minibatch: Tensor) -> tuple[Tensor, Tensor]:
@@ -249,12 +272,17 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
             mask = torch.ones_like(mask)
         new = per_token(policy, b["ids"][rows], b["attention"][rows], mask.shape[1])
         old = new.detach() if fault == "ratio_of_one" else b["old"][rows]
-        ratio = torch.exp(torch.where(mask, new - old, 0.0))
+        log_ratio = torch.where(mask, new - old, 0.0)
+        if relative_of == "gspo":
+            log_ratio = (log_ratio.sum(1, keepdim=True) / mask.sum(1, keepdim=True)).expand_as(new)
+        ratio = log_ratio.exp()
         a = b["advantages"][rows, None]
         if fault == "max_for_min":
             gain = torch.maximum(ratio * a, ratio.clamp(1 - CLIP, 1 + CLIP) * a)
         else:
             gain = torch.minimum(ratio * a, ratio.clamp(1 - CLIP, 1 + CLIP) * a)
+        if relative_of == "dual clip":
+            gain = torch.where(a < 0, torch.maximum(gain, 3 * a), gain)
         if fault == "loss_without_minus":
             gain = -gain
         apart = torch.where(mask, b["ref"][rows] - new, 0.0)
@@ -270,6 +298,8 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
         if fault == "token_mean":
             return each.sum() / mask.sum() * len(rows) / sequences, ratio.detach()
         lengths = mask.sum(1).clamp(min=1)
+        if relative_of == "constant divisor":
+            lengths = torch.full_like(lengths, RESPONSE)
         if fault == "divided_by_the_longest":
             lengths = torch.full_like(lengths, int(lengths.max()))
         if fault == "loss_not_divided_by_the_micro_batches":
@@ -329,5 +359,6 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False, average: str
             "dtype": "float32",
             "reference": "policy",
             "loss_aggregation": average,
+            **RELATIVES[relative_of],
         },
     }

@@ -7,6 +7,7 @@ whatever the micro-batches are. The KL (k2) is a term of the loss, and advantage
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,7 +194,7 @@ class Trainer:
         self.actor_optimizer, self.critic_optimizer = actor_optimizer, critic_optimizer
         self.engine = copy.deepcopy(actor) if fault == "engine_never_synchronised" else actor
         self.kl_coef = KL_COEF
-        self.leave_cut_out = False
+        self.leave_cut_out, self.error = False, torch.nn.functional.mse_loss
         self.buffer: list[Experience] = []
         self.first_head = copy.deepcopy(critic.value_head.state_dict())
         if fault == "adapter_merged_and_unmerged":
@@ -434,7 +435,7 @@ class Trainer:
         if self.fault == "critic_target_of_live_values":
             returns = self.advantages_and_returns(values.masked_fill(~e.action_mask, 0.0), e.rewards)[1]
         clipped = e.values + (values - e.values).clamp(-CLIP_VALUE, CLIP_VALUE)
-        surrogate1, surrogate2 = (clipped - returns).square(), (values - returns).square()
+        surrogate1, surrogate2 = (self.error(v, returns, reduction="none") for v in (clipped, values))
         losses = torch.max(surrogate1, surrogate2)
         if self.fault == "value_clip_takes_the_smaller":
             losses = torch.min(surrogate1, surrogate2)
@@ -528,7 +529,9 @@ class Trainer:
         }  # fmt: skip
 
 
-def build(fault: str | None = None, *, leave_cut_out: bool = False) -> dict[str, Any]:
+def build(
+    fault: str | None = None, *, leave_cut_out: bool = False, error: Callable[..., Any] = torch.nn.functional.mse_loss
+) -> dict[str, Any]:
     assert fault is None or fault in FAULTS, fault
     tok = tokenizer("left")
     actor, reward = tiny_llama(2), tiny_llama(3, "score").requires_grad_(False)
@@ -542,7 +545,7 @@ def build(fault: str | None = None, *, leave_cut_out: bool = False) -> dict[str,
         of_critic.parameters(), lr=CRITIC_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
     )
     trainer = Trainer(actor, critic, reward, reference, tok, actor_optimizer, critic_optimizer, fault)
-    trainer.leave_cut_out = leave_cut_out
+    trainer.leave_cut_out, trainer.error = leave_cut_out, error
     return {
         "policy": actor,
         "reference": reference,
