@@ -27,8 +27,8 @@ def parameters(role: Role, models: Models | None, setup: Any) -> Parameters:
         raise Unavailable("needs --stage probe, which loads models" if given is not None else f"needs a {role} model")
     import torch
 
-    loaded_here = models is not None and models.get(role).loaded_here
-    module = given if models is None else models.get(role).module
+    live = None if models is None else models.get(role)
+    loaded_here, module = (False, given) if live is None else (live.loaded_here, live.module)
     named = list(module.named_parameters())
     held = {id(p) for optimizer in setup.optimizers for p in _held_by(optimizer)} if setup.optimizers else None
     trainable = [(name, p) for name, p in named if p.requires_grad]

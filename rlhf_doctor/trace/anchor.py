@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_doctor.instruments.algorithms import plain_name
 from rlhf_doctor.trace.estimators import CLOSE, SLOPES, STILL, Fit, Penalty, reference_logp, temperatures
 from rlhf_doctor.trace.recover import masked, return_response
 
@@ -174,7 +175,7 @@ def _unit(traced: Traced, line: Line, declared: Mapping[str, Any]) -> float | No
     """What advantages were divided by; None where it cannot be told whether they were."""
     if not np.isfinite(traced.recovered.raw_advantages).any():
         # REINFORCE++ whitens over the batch; https://arxiv.org/abs/2501.03262
-        whitens = str(declared.get("algorithm") or "").lower().startswith("reinforce")
+        whitens = plain_name(declared.get("algorithm")).startswith("reinforce")
         return None if whitens or declared.get("whiten_advantages") is True else 1.0
     known = line.advantage[traced.base.real]
     said = declared.get("whiten_advantages")

@@ -21,7 +21,7 @@ def grid_of(batch: int, length: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def rows_of(given: Tensor | None, result: Tensor, lookup: Lookup) -> tuple[Tensor, Tensor, bool] | None:
+def rows_of(given: Tensor | None, lookup: Lookup) -> tuple[Tensor, Tensor, bool] | None:
     """Which (row, column) of the ids each row of a head's input is; by shape, else by the hidden states' bits.
 
     The third says whether the bits agree, or nothing was known to compare with.

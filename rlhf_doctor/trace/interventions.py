@@ -241,13 +241,9 @@ class _Conductor:
         self.seed = SEED + seed
         self.shape = base.tokens.shape
         first: dict[tuple[int, ...], int] = {}
+        # Samples that are left out of the policy's loss do not show what is changed of them, unless a critic does.
+        self.idle = left_out(base) & (not base.has("value_gradient"))
         # Samples of the same tokens cannot be told apart once rows are shuffled: they are changed alike.
-        # Samples that are left out of the losses do not show what is changed of them.
-        self.idle = (
-            left_out(base)
-            if base.has("weight") and not base.has("value_gradient")
-            else np.zeros(len(base.samples), bool)
-        )
         self.twin = np.array([first.setdefault(s.tokens, i) for i, s in enumerate(base.samples)], dtype=np.int64)
         self.groups = self._groups()[self.twin]
 
@@ -317,7 +313,7 @@ class _Conductor:
         by_role = [base.windows.get(role, np.full(len(scores), -1)) for role in ("value", "policy")]
         trained = next((windows for windows in by_role if windows.max(initial=-1) >= 0), np.zeros(len(scores)))
         fit = np.isfinite(scores)
-        for better in (~self.idle, trained == max(trained.min(initial=0), 0)):
+        for better in (~self.idle, trained == 0):
             if (fit & better).any():
                 fit &= better
         middle = np.nanmedian(scores[fit])

@@ -373,7 +373,7 @@ class Recorder(TorchFunctionMode):
         lookup = self._lookups.get(role) if role else None
         if role is None or lookup is None:
             return result
-        rows = rows_of(given, result, lookup)
+        rows = rows_of(given, lookup)
         if rows is None:
             return result
         call = self._make(role, lookup, rows[0], rows[1])

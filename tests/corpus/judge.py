@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,11 +139,11 @@ def failures(found: Examination) -> tuple[str, ...]:
     return (*(f"error: {sentence}" for _, sentence in found.errors), *crashed)
 
 
-def _right(case: Case, found: Examination) -> list[str]:
-    """The accepted codes that were found in an accepted role."""
+def _right(case: Case, shown: Sequence[tuple[str, str, Severity]]) -> list[str]:
+    """The accepted codes among what a person is shown, in an accepted role."""
     return [
         code
-        for code, role, severity in told(found)[0]
+        for code, role, severity in shown
         if severity is not Severity.INFO and code in case.codes and role in case.roles
     ]
 
@@ -155,14 +155,14 @@ def judge(case: Case, given: Mapping[str, Any], seed: int = 0) -> Said:
     shown, roots = told(found)
     checks = registry()
     grave = [(code, role) for code, role, severity in shown if severity is not Severity.INFO]
-    right = _right(case, found)
+    right = _right(case, shown)
     first = min(right, key=lambda code: ORDER.index(checks[code].stage), default="")
     stage = checks[first].stage if first else None
     for code in right:
         early = checks[code].early
         if early is not None and stage is not None and ORDER.index(early) < ORDER.index(stage):
             seeded(seed)
-            if code in _right(case, examined(case.setup(given), seed, early)[0]):
+            if code in _right(case, told(examined(case.setup(given), seed, early)[0])[0]):
                 first, stage = code, early
     return Said(
         found=bool(right),

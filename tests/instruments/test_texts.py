@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from foreign import folders
 
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.instruments.prompts import encode
 from rlhf_doctor.instruments.texts import FileTokenizer, live_tokenizer
 from rlhf_doctor.setups import RLHFSetup
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
-
 
 TEXTS = ("", "a red dog", "the the  the\n", "<s> twice </s>", "naïve ☃")
 
@@ -33,12 +28,12 @@ def test_a_file_alone_gives_the_ids_that_transformers_gives(healthy_files: RLHFS
 def test_a_file_that_cuts_and_pads_does_neither(healthy_files: RLHFSetup) -> None:
     path = Path(healthy_files.policy) / "tokenizer.json"
     cut: dict[str, Any] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
-    edit_json(path, truncation=cut)
+    folders.edit(str(healthy_files.policy), "tokenizer.json", truncation=cut)
     assert len(encode(FileTokenizer(path), "a red dog and a cat")) > 2
 
 
 def test_a_class_that_does_more_than_its_file_waits_for_transformers(healthy_files: RLHFSetup) -> None:
-    edit_json(Path(healthy_files.policy) / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    folders.edit(str(healthy_files.policy), "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
     with pytest.raises(Unavailable, match="--stage probe"):
         live_tokenizer(healthy_files.but(tokenizer=None), from_files=True)
 

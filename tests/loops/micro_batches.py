@@ -188,13 +188,15 @@ class Actor:
 
 
 class Trainer:
-    def __init__(self, actor, critic, reward, reference, tok, actor_optimizer, critic_optimizer, fault) -> None:
+    def __init__(
+        self, actor, critic, reward, reference, tok, actor_optimizer, critic_optimizer, fault, leave_cut_out, error
+    ) -> None:
         self.actor, self.reference = Actor(actor, fault), Actor(reference, fault)
         self.critic, self.reward, self.tokenizer, self.fault = critic, reward, tok, fault
         self.actor_optimizer, self.critic_optimizer = actor_optimizer, critic_optimizer
         self.engine = copy.deepcopy(actor) if fault == "engine_never_synchronised" else actor
         self.kl_coef = KL_COEF
-        self.leave_cut_out, self.error = False, torch.nn.functional.mse_loss
+        self.leave_cut_out, self.error = leave_cut_out, error
         self.buffer: list[Experience] = []
         self.first_head = copy.deepcopy(critic.value_head.state_dict())
         if fault == "adapter_merged_and_unmerged":
@@ -544,8 +546,9 @@ def build(
     critic_optimizer = torch.optim.AdamW(
         of_critic.parameters(), lr=CRITIC_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
     )
-    trainer = Trainer(actor, critic, reward, reference, tok, actor_optimizer, critic_optimizer, fault)
-    trainer.leave_cut_out, trainer.error = leave_cut_out, error
+    trainer = Trainer(
+        actor, critic, reward, reference, tok, actor_optimizer, critic_optimizer, fault, leave_cut_out, error
+    )
     return {
         "policy": actor,
         "reference": reference,

@@ -53,7 +53,8 @@ def update_order(traced: Traced, setup: Any) -> Iterator[Finding]:
     total, count = len(base.samples), len(made.windows)
     again, rows = trained_again(base, found.second) if found.second is not None else (0, 0)
     left = [t for t in made.left_out if not _same_as_its_group(base, made, t)]
-    left = [t for t in left if t not in greedy(base)] if left else []  # a baseline, as in ReMax
+    baselines = greedy(base) if left else set()  # as in ReMax
+    left = [t for t in left if t not in baselines]
     if again:
         yield _finding(
             "A step trains on samples of the step before it, which an older policy drew. Each step should train on its "
