@@ -1,11 +1,12 @@
 """One side of the comparison with TRL: a few PPO iterations in this interpreter, as JSON on the last line.
 
-Run by reference_vs_trl.py: ``python ppo_side.py {trl,reference} FOLDER CASE``. It imports nothing of this repository on
-TRL's side, since TRL lives in an environment of its own.
+Run by reference_vs_trl.py: ``python ppo_side.py {trl,reference,compiled} FOLDER CASE``. It imports nothing of this
+repository on TRL's side, since TRL lives in an environment of its own.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import sys
@@ -128,17 +129,13 @@ def trl_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     return {"peak": memory("VmHWM") - before, "version": trl.__version__, **marks.lasted(), **software()}
 
 
-def reference_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """`reference_impl.ppo.ppo_step` in a loop, with the time of each phase and the floor under it."""
-    import torch
-
+def reference_parts(folder: Path, case: dict[str, Any]) -> tuple[Any, Any]:
+    """The reference's four models and its settings for this case."""
     from reference_impl import ppo, roles
 
-    before = baseline(case["threads"])
     models, tokenizer = load(folder)
     for role, model in models.items():
         model.eval().requires_grad_(role in ("policy", "value"))
-    four = roles.Models(**models, tokenizer=tokenizer)
     s = ppo.Settings(
         batch_size=case["batch"],
         num_minibatches=1,
@@ -149,6 +146,17 @@ def reference_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         learning_rate=case["rate"],
         critic_learning_rate=case["rate"],
     )
+    return roles.Models(**models, tokenizer=tokenizer), s
+
+
+def reference_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """`reference_impl.ppo.ppo_step` in a loop, with the time of each phase and the floor under it."""
+    import torch
+
+    from reference_impl import ppo
+
+    before = baseline(case["threads"])
+    four, s = reference_parts(folder, case)
     optimizers, parts = ppo.make_optimizers(four, s), ppo.Parts()
     ends = list[dict[str, tuple[float, float]]]()
 
@@ -180,6 +188,33 @@ def reference_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     }
     found = {"peak": peak, "phases": spent, "floor": floors(four, case), "shares": shares}
     return {**found, **marks.lasted(), **software()}
+
+
+def compiled_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """The same loop with torch.compile on every body where it does not decode; the first iteration compiles."""
+    import torch
+
+    from reference_impl import ppo
+
+    baseline(case["threads"])
+    four, s = reference_parts(folder, case)
+    for model in (four.policy, four.reference, four.reward, four.value):
+        plain, fast = model.base_model.forward, torch.compile(model.base_model.forward, dynamic=True)
+
+        def forward(*, plain: Any = plain, fast: Any = fast, **options: Any) -> Any:
+            return (plain if options["use_cache"] else fast)(**options)
+
+        model.base_model.forward = forward
+        forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    optimizers = ppo.make_optimizers(four, s)
+    torch.manual_seed(case["seed"])
+    marks = Marks()
+    marks()
+    for _ in range(case["iterations"]):
+        ppo.ppo_step(four, case["prompts"], optimizers, s, ppo.FixedKL(0.05))
+        marks()
+    (first, *seconds), (_, *cpu) = marks.lasted().values()
+    return {"compiling": first, "seconds": seconds, "cpu": cpu, **software()}
 
 
 def profiled(run: Any) -> dict[str, float]:
@@ -261,7 +296,7 @@ def software() -> dict[str, Any]:
 def main() -> None:
     """Run one side and print what it measured."""
     os.environ.update(TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1", WANDB_DISABLED="true")
-    side = {"trl": trl_side, "reference": reference_side}[sys.argv[1]]
+    side = {"trl": trl_side, "reference": reference_side, "compiled": compiled_side}[sys.argv[1]]
     print(json.dumps(side(Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))))
 
 

@@ -155,7 +155,7 @@ def run(side: str, python: str, folder: Path, case: Path) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(THREADS),
         "MKL_NUM_THREADS": str(THREADS),
         "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits sleeps; spinning would hold back the one it waits for
-        "PYTHONPATH": str(ROOT) if side == "reference" else "",
+        "PYTHONPATH": "" if side == "trl" else str(ROOT),
         "TOKENIZERS_PARALLELISM": "false",
     }
     call = [python, ppo_side.__file__, side, str(folder), str(case)]
@@ -168,8 +168,8 @@ def run(side: str, python: str, folder: Path, case: Path) -> dict[str, Any]:
 
 
 def compare(size: Size, python: str) -> dict[str, list[dict[str, Any]]]:
-    """What each run measured, by side; the two take turns at being first."""
-    found: dict[str, list[dict[str, Any]]] = {"trl": [], "reference": []}
+    """What each run measured, by side; they take turns at being first."""
+    found: dict[str, list[dict[str, Any]]] = {"trl": [], "reference": [], "compiled": []}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         write_models(size, folder)
@@ -188,15 +188,15 @@ def middle(runs: Sequence[dict[str, Any]], what: str) -> float:
     return statistics.median(x for one in runs for x in one[what])
 
 
-def ratio(found: dict[str, list[dict[str, Any]]], what: str) -> float:
-    """TRL's time in the reference's: of two neighbouring runs each, the median of these."""
-    pairs = zip(found["trl"], found["reference"], strict=True)
+def ratio(found: dict[str, list[dict[str, Any]]], what: str, side: str = "trl") -> float:
+    """A side's time in the reference's: of two neighbouring runs each, the median of these."""
+    pairs = zip(found[side], found["reference"], strict=True)
     return statistics.median(middle([a], what) / middle([b], what) for a, b in pairs)
 
 
 def busy(found: dict[str, list[dict[str, Any]]]) -> bool:
     """Whether other work kept either side from as much as one core: wall time then tells of that work."""
-    return min(middle(runs, "cpu") / middle(runs, "seconds") for runs in found.values()) < 0.9
+    return min(middle(found[side], "cpu") / middle(found[side], "seconds") for side in ("trl", "reference")) < 0.9
 
 
 def rows(size: Size, found: dict[str, list[dict[str, Any]]]) -> list[Row]:
@@ -209,6 +209,7 @@ def rows(size: Size, found: dict[str, list[dict[str, Any]]]) -> list[Row]:
     update = phase(reference, "update")
     floor = sum(phase(reference, name)["cpu floor"] for name in ppo_side.PHASES)
     floors, cpu_floors = update["seconds"] / update["floor"], update["cpu"] / update["cpu floor"]
+    compiling = statistics.median(one["compiling"] for one in found["compiled"])
     disturbed = busy(found)
     note = "; other work on the machine: judged by CPU seconds" if disturbed else ""
     return [
@@ -219,6 +220,8 @@ def rows(size: Size, found: dict[str, list[dict[str, Any]]]) -> list[Row]:
             f"{cpu:.2f} × ({used[0]:.3g} against {used[1]:.3g})", None),
         Row(f"{size.name}: the same, if the reference did its matrix products and nothing else", "none set",
             f"{used[1] * size.batch / floor:.2f} ×", None),
+        Row(f"{size.name}: the reference's CPU seconds with torch.compile on its models' bodies, in those without", "none set",
+            f"{ratio(found, 'cpu', 'compiled'):.2f}, after {compiling:.0f} s of compiling", None),
         Row(f"{size.name}: peak memory above imports", "no more than TRL's",
             f"{peaks[0]:.0f} MB against {peaks[1]:.0f} MB", peaks[0] <= peaks[1]),
         Row(f"{size.name}: the update's time, in that of its matrix products alone", f"at most {UPDATE}",
