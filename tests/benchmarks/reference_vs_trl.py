@@ -220,7 +220,7 @@ def rows(size: Size, found: dict[str, list[dict[str, Any]]]) -> list[Row]:
             f"{cpu:.2f} × ({used[0]:.3g} against {used[1]:.3g})", None),
         Row(f"{size.name}: the same, if the reference did its matrix products and nothing else", "none set",
             f"{used[1] * size.batch / floor:.2f} ×", None),
-        Row(f"{size.name}: the reference's CPU seconds with torch.compile on its models' bodies, in those without", "none set",
+        Row(f"{size.name}: the reference's CPU seconds with torch.compile, in those without", "none set",
             f"{ratio(found, 'cpu', 'compiled'):.2f}, after {compiling:.0f} s of compiling", None),
         Row(f"{size.name}: peak memory above imports", "no more than TRL's",
             f"{peaks[0]:.0f} MB against {peaks[1]:.0f} MB", peaks[0] <= peaks[1]),
