@@ -156,7 +156,7 @@ def score_with(factor: float = 1.0, *, always: bool = False) -> Callable[..., An
     return score
 
 
-ADAPTIVE: dict[str, Any] = {"kl_adaptive": True, "kl_target": 0.5, "kl_horizon": 1000}
+ADAPTIVE: dict[str, Any] = {"kl_adaptive": True, "kl_target": 2.0, "kl_horizon": 1000}
 
 
 def controller(share: float = 1.0) -> Any:

@@ -107,8 +107,8 @@ def bounds_exchanged(
 def mask_multiplied(
     logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, epsilon: float, count: Any = None
 ) -> Tensor:
-    """Ratios of masked slots that are multiplied by 0, not left out."""
-    ratio = (logp - old).exp()
+    """Old log-probabilities filled with minus infinity, and ratios that are multiplied by 0, not left out."""
+    ratio = (logp - old.masked_fill(~mask, -torch.inf)).exp()
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
     return (loss * mask).sum() / (mask.sum() if count is None else count)
 

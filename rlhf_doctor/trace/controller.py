@@ -47,6 +47,8 @@ class Controlled:
     token_kl: float
     samples: int
     wanted: float  # the ratio that the declared controller gives
+    by_token: float  # the same of one that is told the KL of a token
+    target: float
 
     @property
     def ratio(self) -> float:
@@ -86,9 +88,10 @@ def controlled(traced: Traced, setup: RLHFSetup, fit: Fit, place: str) -> Contro
     error += fit.misfit
     lengths = first.real.sum(1)
     kl = float(np.nansum(per_token, 1).mean())
+    of_a_token = float(np.nansum(per_token) / max(lengths.sum(), 1))
     return Controlled(
-        fit.coefficient, coefficient, error, kl,
-        float(np.nansum(per_token) / max(lengths.sum(), 1)), len(lengths), expected(kl, len(lengths), declared) or 1.0,
+        fit.coefficient, coefficient, error, kl, of_a_token, len(lengths), expected(kl, len(lengths), declared) or 1.0,
+        expected(of_a_token, len(lengths), declared) or 1.0, float(declared.get("kl_target") or 0.0),
     )  # fmt: skip
 
 

@@ -66,7 +66,9 @@ def groups_of(table: Table, size: int | None) -> list[list[int]]:
 
 
 def baselines(traced: Traced, size: int | None) -> Baselines:
-    """Whether each group's advantages add up to 0, and who answers to a changed score.
+    """Whether each group's advantages add up to 0, or to one number where the batch is whitened after the groups.
+
+    And who answers to a changed score.
 
     Raises:
         Unavailable: the groups, or what they are trained with, were not seen.
@@ -79,21 +81,23 @@ def baselines(traced: Traced, size: int | None) -> Baselines:
         raise Unavailable("needs several responses to a prompt that are trained on in the step")
     traced.needs("one score")
     per_row, out = _advantages(traced), left_out(base)
+    moved = moved_share(traced, "one score") > STILL
     best: tuple[float, str, list[float], Floats] | None = None
     for name, scale in _weightings(base).items():
-        a = per_row / scale
-        sums = [
-            float(a[g].sum() / (np.abs(a[g]).sum() or 1.0))
-            for g in groups
-            if np.isfinite(a[g]).all() and _tells(a[g], base.scores[g], out[g])
-        ]
-        worst = max(map(abs, sums), default=np.inf)
-        if sums and (best is None or worst < 0.5 * best[0]):
-            best = worst, name, sums, a
+        given = per_row / scale
+        telling = [g for g in groups if np.isfinite(given[g]).all() and _tells(given[g], base.scores[g], out[g])]
+        shifts = [0.0]
+        if moved.all() and len(telling) > 1:  # whitened over the batch after the groups' means were taken off
+            shifts.append(float(np.mean([given[g].mean() for g in telling])))
+        for shift in shifts:
+            a = given - shift
+            sums = [float(a[g].sum() / (np.abs(a[g]).sum() or 1.0)) for g in telling]
+            worst = max(map(abs, sums), default=np.inf)
+            if sums and (best is None or worst < 0.5 * best[0]):
+                best = worst, name, sums, a
     if best is None:
         raise Unavailable("needs one advantage a response, and the policy's gradient shows several")
     changed = int(np.flatnonzero(traced.experiments.done["one score"].touched)[0])
-    moved = moved_share(traced, "one score") > STILL
     mates = [s for s in next((g for g in groups if changed in g), []) if s != changed and not out[s]]
     return Baselines(groups, best[2], best[1], changed, mates, moved, best[3])
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Values = Iterator[tuple[str, float]]
 
-__all__ = ["conventions"]
+__all__ = ["conventions", "shaped"]
 
 NEAR = 0.02  # of a number
 NAMES = {
@@ -55,6 +55,18 @@ def conventions(traced: Traced, declared: Mapping[str, Any], name: str) -> dict[
             return {}  # a token was not seen, so one convention is missing
         found[said] = (value, NEAR if kind == "explained_variance" else NEAR * abs(value) + 1e-4)
     return found
+
+
+def shaped(name: str, value: float, known: Mapping[str, tuple[float, float]]) -> bool:
+    """Whether a mean score may be one that the loop has shaped, filtered or scaled: it is no multiple of what is known.
+
+    Loops add penalties for length, drop groups without a difference, and weigh several rewards, declared nowhere. A sum
+    over ranks or micro-batches is a whole multiple.
+    """
+    if name != "score" and name not in NAMES["score"]:
+        return False
+    ratios = [value / x for x, _ in known.values() if x and value]
+    return not any(round(r) >= 2 and abs(r / round(r) - 1) < NEAR for ratio in ratios for r in (ratio, 1 / ratio))
 
 
 def _means(traced: Traced, each: Floats, said: str) -> Values:

@@ -151,6 +151,22 @@ def _constant_from(ids: Tensor) -> Tensor:
     return (changes.long() * torch.arange(1, ids.shape[1], device=ids.device)).amax(1)
 
 
+def _cut_from(head: Call, tensor: Tensor, batch: int) -> bool:
+    """Whether (batch, n) numbers are the scalar head's (batch, more) from some column on, or 0 where masked."""
+    scalar = head.scalar
+    if scalar is None or tensor.numel() % batch or not 0 < tensor.numel() < scalar.numel() or scalar.numel() % batch:
+        return False
+    with torch.no_grad(), torch._C.DisableTorchFunction():
+        part, whole = tensor.detach().reshape(batch, -1), scalar.reshape(batch, -1).to(tensor)
+        short = part.shape[1]
+        if short < 2:
+            return False
+        return any(
+            bool(((part == whole[:, at : at + short]) | (part == 0)).all()) and bool(part.any())
+            for at in range(whole.shape[1] - short + 1)
+        )
+
+
 def nearby(temperature: float) -> tuple[float, ...]:
     """The declared temperature, and those around it that tokens may have been drawn at instead."""
     return (temperature, *(temperature * factor for factor in (0.5, 0.7, 0.85, 1.2, 1.5)))
@@ -559,6 +575,8 @@ class Recorder(TorchFunctionMode):
             return output  # just what the head gave
         width = tensor.shape[-1] if role in ("policy", "reference") else 1
         count = tensor.numel() // max(width, 1)
+        if head is not None and (head.size not in (0, width) or _cut_from(head, tensor, batch)):
+            return output  # log-probabilities, or the head's numbers at some places: its gradient says it all
         if role in ("policy", "reference") and (tensor.dim() < 2 or width < 4):
             return output
         if head is not None and count == len(head.rows):

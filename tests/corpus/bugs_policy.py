@@ -309,7 +309,7 @@ def mask_not_shifted(healthy: RLHFSetup) -> RLHFSetup:
 
 in_loop("ORL-090", "plain_modules", "trained_from_the_second_token")
 in_loop("ORL-090", "backbone_direct", "training_pass_without_temperature")
-in_loop("ORL-007", "joined_v_head", "masked_ratios_times_zero")
+in_loop("ORL-007", "right_padded_sums", "old_logprobs_padded_with_minus_infinity")
 in_loop("ORL-007", "plain_modules", "ratio_at_pads_infinite_times_zero")
 
 # ---- precision ----

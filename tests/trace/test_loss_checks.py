@@ -18,8 +18,8 @@ CODES = (
     *("OPT002", "OPT003", "OPT004", "OPT006", "MET012"),
 )
 PLANTED = planted(CODES)
-# With what the old log-probabilities are filled there, no ratio of a masked slot can overflow: nothing shows.
-HARMLESS = {("backbone_direct", "masked_ratios_times_zero")}
+# Old and new log-probabilities of masked slots are alike there, and no ratio overflows: information at most.
+HARMLESS = {(style, "masked_ratios_times_zero") for style in ("backbone_direct", "joined_v_head", "micro_batches")}
 # Known misses: too few of the tokens of one minibatch tell them from what is right.
 MISSED = {("micro_batches", "clip_bounds_exchanged"), ("plain_modules", "divided_by_the_batch_width")}
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

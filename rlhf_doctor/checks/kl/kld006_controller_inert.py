@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.controller import Controlled
 
 ERRORS, LEAST = 5, 1e-4  # of the ratio of both coefficients
+OF_A_TOKEN = 1.0  # nats: targets for a response are from 1 up (Ziegler et al.: 6 and more), verl's for a token is 0.1
 
 
 @check(
@@ -25,6 +26,7 @@ def kl_controller_inert(kl_controller: Controlled, setup: Any) -> Iterator[Findi
         The KL coefficient of two steps in a row, each read off the rewards or gradients and the log-probabilities of
         its own tokens. A fixed one must stay. An adaptive one must move, and towards the target: for that the reference
         is made less sure of what was drawn, so that the KL of a sequence is above kl_target and that of a token below.
+        A target below 1 nat may be meant for a token, as verl's 0.1 is: then a controller that follows that is right.
 
     Why it matters:
         A controller that is not read leaves the first guess of a coefficient for the whole run. One that is told the KL
@@ -41,7 +43,8 @@ def kl_controller_inert(kl_controller: Controlled, setup: Any) -> Iterator[Findi
 
     Source:
         Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2 (the controller); told the KL of a token:
-        https://github.com/CarperAI/trlx/issues/438; always adaptive: https://github.com/huggingface/trl/issues/18.
+        https://github.com/CarperAI/trlx/issues/438; always adaptive: https://github.com/huggingface/trl/issues/18;
+        verl's mean over tokens and its target: https://github.com/verl-project/verl/blob/main/verl/trainer/ppo/core_algos.py.
         Tolerance: five errors of the ratio, by what both steps' fits and float32 leave, at least 1e-4; only the
         direction of an adaptive one is judged.
     """
@@ -73,7 +76,7 @@ def kl_controller_inert(kl_controller: Controlled, setup: Any) -> Iterator[Findi
             "The adaptive KL coefficient stays where it is. It should move towards its target: read it from the "
             "controller in each step, and tell the controller the KL after each."
         )
-    elif moved * (found.wanted - 1) < 0:
+    elif moved * (found.wanted - 1) < 0 and not (found.target < OF_A_TOKEN and moved * (found.by_token - 1) > 0):
         yield say(
             f"The adaptive KL coefficient {'falls' if moved < 0 else 'rises'} although the KL of a response is "
             f"{'above' if found.wanted > 1 else 'below'} its target. Tell the controller the mean over responses of "

@@ -26,7 +26,9 @@ def masked_poison(traced: Traced, disturbed: Disturbed | None = None) -> Iterato
     What it examines:
         The gradients at the heads in the step as it is, and in one whose policy says absurd things in slots that belong
         to no response: its old log-probabilities there are some thousand nats away from those of the update. Every
-        gradient should be finite, and no entropy bonus should act outside of the responses.
+        gradient should be finite, and no entropy bonus should act outside of the responses. What is infinite only in
+        the second step is told as information: both log-probabilities come from nearly the same weights there, so
+        that many sound loops multiply by the mask after exp and never meet it.
 
     Why it matters:
         exp of a masked log-ratio is infinite now and then, and infinity times a mask of 0 is NaN, as is NaN times 0.
@@ -71,28 +73,31 @@ def masked_poison(traced: Traced, disturbed: Disturbed | None = None) -> Iterato
     if disturbed.finite or raised:
         counts = f"{disturbed.finite.inside + disturbed.finite.outside} of {disturbed.finite.rows}"
         yield _finding(
-            "Numbers in masked slots reach the loss: with log-probabilities there that are far apart, gradients are "
-            "NaN or infinite. Select with torch.where before exp, do not multiply by the mask after it.",
+            "Masked slots would reach the loss if their log-probabilities were ever far apart or infinite, as fillers "
+            "and filters make them: gradients are then NaN or infinite. Nothing is wrong while they are not; selecting "
+            "with torch.where before exp is safe in any case.",
             (
                 "rows of the heads whose gradient is not finite",
                 "0",
                 f"{counts}{f'; the step raised {disturbed.error}' if raised else ''}",
             ),
             f"a step with {disturbed.poisoned} slots outside of the responses poisoned",
+            Severity.INFO,
         )
 
 
-def _finding(message: str, shown: tuple[str, str, str], where: str) -> Finding:
+def _finding(message: str, shown: tuple[str, str, str], where: str, severity: Severity | None = None) -> Finding:
     quantity, expected, observed = shown
     return Finding(
         message,
         role="loop",
+        severity=severity,
         confidence=Confidence.PROVEN,
         evidence=(Evidence(quantity, expected=expected, observed=observed, where=where),),
     )
 
 
-@masked_poison.fault("ratios of masked slots are multiplied by 0")
+@masked_poison.fault("infinite ratios of masked slots are multiplied by 0")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import loss_faults
 

@@ -23,7 +23,8 @@ def logged_metric_not_reproduced(traced: Traced, setup: Any) -> Iterator[Finding
         The numbers of a dict that the step returns, under the field's common names: mean score, KL to the reference,
         entropy, response length, explained variance, share of ended responses. Each is computed from the traced tensors
         in every convention in use (by token or sequence, with or without the penalty, over the batch or the mean of its
-        minibatches); a number that none of them gives is reported. The step is watched with its optimizers held back,
+        minibatches); a number that none of them gives is reported; of a mean score only a whole multiple or part, since
+        loops shape scores in many ways of their own. The step is watched with its optimizers held back,
         so that all of it is of one policy.
 
     Why it matters:
@@ -44,7 +45,7 @@ def logged_metric_not_reproduced(traced: Traced, setup: Any) -> Iterator[Finding
         (micro-batches). Tolerance: 2% of the number, or 0.02 of an explained variance: minibatches differ by more than
         float32 rounds, and padding or ranks are tens of per cent.
     """
-    from rlhf_doctor.trace.reported import conventions
+    from rlhf_doctor.trace.reported import conventions, shaped
 
     returned = traced.experiments.first.returned
     numbers = _numbers(returned)
@@ -53,6 +54,8 @@ def logged_metric_not_reproduced(traced: Traced, setup: Any) -> Iterator[Finding
     for name, value in numbers.items():
         known = conventions(traced, setup.declared, name)
         if not known or any(abs(value - x) <= tolerance for x, tolerance in known.values()):
+            continue
+        if shaped(name, value, known):
             continue
         nearest = min(known, key=lambda n: abs(value - known[n][0]))
         yield Finding(
