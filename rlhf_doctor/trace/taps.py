@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.instruments.calling import pick
 from rlhf_doctor.trace.head_rows import grid_of, rows_of
 from rlhf_doctor.trace.listening import as_scores, eager, function_tapped, like, optimizers_tapped, replaced
+from rlhf_doctor.trace.packing import Unpacked, unpack
 from rlhf_doctor.trace.parts import (
     bodies,
     layers_without,
@@ -78,10 +80,19 @@ class Lookup:
     positions: Tensor | None = None
     hidden: Tensor | None = None
 
+    @cached_property
+    def unpacked(self) -> tuple[Lookup, Unpacked] | None:
+        """The same with a text a row, where rows hold several."""
+        made = unpack(self.ids, self.positions, self.mask)
+        return None if made is None else (Lookup(made.ids, made.mask), made)
+
 
 @dataclass(eq=False)
 class Call:
     """One output of a role's head: N rows, each a (row, column) of the ids that its model was given.
+
+    Where a row of ids holds several texts, ``source``, ``rows`` and ``columns`` have a text a row, and ``given`` is
+    what (rows, columns) were.
 
     ``gradient`` holds what came back: for vocabulary heads the entry of greatest absolute gradient (``action``), its
     gradient, the gradients at ``COLUMNS`` fixed entries and at the candidate tokens; for scalar heads ``gradient``
@@ -116,6 +127,7 @@ class Call:
     shown: Shown | None = None  # what it was drawn from
     handle: Any = None
     read_from: Any = None  # a weak reference to the tensor
+    given: tuple[Tensor, Tensor] | None = None
 
     @property
     def ids(self) -> Tensor:
@@ -418,8 +430,11 @@ class Recorder(TorchFunctionMode):
         window = sum(role in stepped for _, _, stepped in self.steps)
         training = bool(module.training) if module is not None else False
         self._count[role] = nth = self._count.get(role, -1) + 1
-        call = Call(role, self.order, nth, lookup, rows, columns, False, training, window)
+        call = Call(role, self.order, nth, lookup, rows, columns, False, training, window, given=(rows, columns))
         with torch.no_grad(), torch._C.DisableTorchFunction():
+            if lookup.unpacked is not None and lookup.ids.shape[1] > 1:
+                call.source, held = lookup.unpacked
+                call.rows, call.columns = held.row[rows, columns], held.column[rows, columns]
             few = [p.detach().reshape(-1)[:2].float() for p in self._marks.get(role, ())]
             call.weights = torch.cat(few) if few else None
         self.calls.append(call)
@@ -580,7 +595,8 @@ class Recorder(TorchFunctionMode):
         if role in ("policy", "reference") and (tensor.dim() < 2 or width < 4):
             return output
         if head is not None and count == len(head.rows):
-            rows, columns = head.rows, head.columns
+            assert head.given is not None
+            rows, columns = head.given
         elif count == batch * length:
             rows, columns = grid_of(batch, length)
         elif count % batch == 0 and 0 < count // batch < length and role in ("policy", "reference", "value"):
