@@ -13,7 +13,7 @@ import torch
 from rlhf_doctor.finding import Role
 from rlhf_doctor.trace.runs import Run
 from rlhf_doctor.trace.sampler import bend_of
-from rlhf_doctor.trace.table import Placed, Places, Special, Table, _logp, _place
+from rlhf_doctor.trace.table import Placed, Places, Special, Table, _logp, _place, rest_of
 from rlhf_doctor.trace.taps import Call
 
 if TYPE_CHECKING:
@@ -32,13 +32,20 @@ class Chain:
     """Calls of a model that grow their texts by a token each; all but the last were surely drawn from.
 
     ``drawn`` (B, K) are the tokens, -1 where a row had ended; ``columns`` (B, K) the states that they were drawn in.
-    ``last`` is the call after the last known token: one more draw, or the first pass over whole texts.
+    ``last`` is the call after the last known token: one more draw, or the first pass over whole texts. Tokens before
+    ``begins`` (B,) belong to the prompt.
     """
 
     calls: list[Call]
     drawn: Ints
     columns: Ints
     last: Call
+    begins: Ints
+
+    def begin(self, prompts: Sequence[tuple[int, ...]], special: Special) -> None:
+        """Find where each row's response begins, given all whole prompts."""
+        for b in range(len(self.drawn)):
+            self.begins[b] = rest_of(_context(self, b, special), self.drawn[b].tolist(), prompts)
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ def chains(calls: Sequence[Call], role: Role = "policy") -> list[Chain]:
         nonlocal current, steps
         if len(current) > 2 or (len(current) == 2 and current[1].ids.shape[1] == 1):
             drawn, columns = (np.stack([s[i] for s in steps], 1) for i in (0, 1))
-            found.append(Chain(current[:-1], drawn, columns, current[-1]))
+            begins = np.zeros(len(drawn), dtype=np.int64)
+            found.append(Chain(current[:-1], drawn, columns, current[-1], begins))
         current, steps = [], []
 
     for call in sorted((c for c in calls if c.role == role), key=lambda c: c.order):
@@ -128,13 +136,17 @@ def _gained(before: Call, call: Call) -> tuple[Ints, Ints] | None:
         return b[:, -1], last
     if b.shape[1] == a.shape[1] + 1 and np.array_equal(b[:, :-1], a):
         return b[:, -1], last
-    if a.shape != b.shape or a.shape[1] < 2:
+    wider = b.shape[1] - a.shape[1]
+    if wider not in (0, 1) or a.shape[1] < 2:
         return None
-    apart = a != b
-    if apart.any() and int(apart.sum(1).max()) <= 1:  # filled in place
+    apart = a != b[:, : a.shape[1]]
+    if apart.any() and int(apart.sum(1).max()) <= 1:  # filled in place; where rows grow, in the others
         at = apart.argmax(1)
         moved = apart.any(1) & (at > 0)
-        return np.where(moved, b[np.arange(len(b)), at], -1), np.where(moved, at - 1, -1)
+        token, column = np.where(moved, b[np.arange(len(b)), at], -1), np.where(moved, at - 1, -1)
+        return (np.where(moved, token, b[:, -1]), np.where(moved, column, last)) if wider else (token, column)
+    if wider:
+        return None
     if np.array_equal(b[:, :-1], a[:, 1:]):  # a window that slides
         return b[:, -1], last
     return None
@@ -158,13 +170,16 @@ def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Dr
     made = Draws(
         np.full(len(table.samples), -1), np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan),
         np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), np.full(shape[:2], np.nan),
-        {}, _strange(calls, episodes, special), 0, {"old": 0, "new": 0}, {"old": 0, "new": 0},
+        {}, [], 0, {"old": 0, "new": 0}, {"old": 0, "new": 0},
     )  # fmt: skip
     offset = 0
+    prompts = list({s.prompt for s in table.samples})
     for chain in episodes:
+        chain.begin(prompts, special)
         for b in range(len(chain.drawn)):
             _match(made, chain, b, offset, table, special)
         offset += len(chain.drawn)
+    made.strange += _strange(calls, episodes, special)
     made.strange += _last_altered(made, episodes, table, special)
     _passes(made, calls, episodes, table, special, held)
     return made
@@ -181,8 +196,9 @@ def _match(made: Draws, chain: Chain, b: int, offset: int, table: Table, special
     made.row[best] = offset + b
     made.contexts[best] = prompt
     for t in range(min(len(said), made.sampled.shape[1])):
-        call = chain.calls[t]
-        at = _output_row(call, b, int(chain.columns[b, t]))
+        k = int(chain.begins[b]) + t
+        call = chain.calls[k]
+        at = _output_row(call, b, int(chain.columns[b, k]))
         if at is not None:
             assert call.at_columns is not None
             made.sampled[best, t] = (call.at_columns[at].double() - call.lse[1.0][at].double()).cpu().numpy()
@@ -192,7 +208,7 @@ def _match(made: Draws, chain: Chain, b: int, offset: int, table: Table, special
 def _said(chain: Chain, b: int, special: Special) -> tuple[int, ...]:
     """What a row was seen to draw, up to the end of its text."""
     found: list[int] = []
-    for token in chain.drawn[b].tolist():
+    for token in chain.drawn[b, chain.begins[b] :].tolist():
         if token < 0:
             break
         found.append(token)
@@ -203,7 +219,8 @@ def _said(chain: Chain, b: int, special: Special) -> tuple[int, ...]:
 
 def _context(chain: Chain, b: int, special: Special) -> tuple[int, ...]:
     """What a row's first token was drawn after."""
-    call, column = chain.calls[0], int(chain.columns[b, 0])
+    k = min(int(chain.begins[b]), len(chain.calls) - 1)
+    call, column = chain.calls[k], int(chain.columns[b, k])
     row = call.ids[b, : column + 1].cpu().numpy()
     mask = call.source.mask
     if mask is not None and mask.shape[0] == call.ids.shape[0] and mask.shape[1] >= len(row):
@@ -285,10 +302,10 @@ def _drawn_tokens(chain: Chain, b: int, special: Special) -> tuple[int, ...] | N
     """All that a row was seen to draw, by the draws themselves; None where it ended early or they tell otherwise."""
     calls = [*chain.calls, chain.last] if chain.last.drew is not None else chain.calls
     drew = [int(call.drew[b]) if call.drew is not None and len(call.drew) > b else -1 for call in calls]
-    fed = chain.drawn[b].tolist()[: len(drew) - 1]
-    if -1 in drew or drew[:-1] != fed or special.eos & set(fed):
+    fed, begin = chain.drawn[b].tolist()[: len(drew) - 1], int(chain.begins[b])
+    if -1 in drew[begin:] or drew[begin:-1] != fed[begin:] or special.eos & set(fed[begin:]):
         return None
-    return tuple(drew)
+    return tuple(drew[begin:])
 
 
 def _joints(text: Sequence[int], prompt: Sequence[int]) -> list[int]:

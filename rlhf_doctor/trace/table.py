@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["Placed", "Sample", "Special", "Table", "tabulate"]
+__all__ = ["Placed", "Sample", "Special", "Table", "rest_of", "tabulate"]
 
 NEXT = CANDIDATES.index(1)
 RUN = 2  # pads in a row after which a response has surely ended; one may have been drawn
@@ -179,14 +179,19 @@ def _continues(before: Call, call: Call) -> bool:
         return False
     if b.shape[1] == 1:
         return True
+    if a.shape[1] == 0 or b.shape[1] - a.shape[1] not in (0, 1):
+        return False
+    changed = (a != b[:, : a.shape[1]]).sum(1)
     if b.shape == a.shape:  # a buffer that is filled in
-        changed = (a != b).sum(1)
         return bool((changed <= 1).all() and changed.any())
-    return b.shape[1] == a.shape[1] + 1 and a.shape[1] > 0 and bool(torch.equal(b[:, :-1], a))
+    return bool((changed <= 1).all() and (changed == 0).any())  # the longest rows grow by a column
 
 
-def generated(episode: Sequence[Call], special: Special) -> list[Sample]:
-    """The samples of one episode; the last token drawn is not seen by the model and known later."""
+def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[int, ...]] = ()) -> list[Sample]:
+    """The samples of one episode; the last token drawn is not seen by the model and known later.
+
+    Loops that begin with the shortest prompt feed the rest of the others where tokens are drawn; ``known`` are whole.
+    """
     first = episode[0]
     start = first.ids.cpu().numpy()
     fed = _fed([c.ids.cpu().numpy() for c in episode])
@@ -197,21 +202,34 @@ def generated(episode: Sequence[Call], special: Special) -> list[Sample]:
     found = []
     for b, row in enumerate(start):
         prompt = row[kept[b]] if kept is not None and kept[b].any() else _stripped(row, special.pad)
-        response, ended = _until_end(fed[b], special.eos)
-        found.append(Sample(tuple(map(int, prompt)), response, ended, ended))
+        given = rest_of(tuple(map(int, prompt)), fed[b], known)
+        response, ended = _until_end(fed[b][given:], special.eos)
+        found.append(Sample((*map(int, prompt), *fed[b][:given]), response, ended, ended))
     return found
+
+
+def rest_of(prompt: tuple[int, ...], fed: Sequence[int], known: Sequence[tuple[int, ...]]) -> int:
+    """How many of the tokens that a row was fed still belong to its prompt, which is one of those known."""
+    if prompt in known:
+        return 0
+    whole = (*prompt, *fed)
+    longer = [len(p) for p in known if len(p) > len(prompt) and whole[: len(p)] == p]
+    return max(longer, default=len(prompt)) - len(prompt)
 
 
 def _fed(ids: Sequence[Ints]) -> list[list[int]]:
     """The tokens that each row gained from call to call."""
     fed: list[list[int]] = [[] for _ in ids[0]]
     for before, now in itertools.pairwise(ids):
-        if now.shape == before.shape and now.shape[1] > 1:
-            for b, column in zip(*np.nonzero(now != before), strict=True):
+        inner: list[int] = []
+        if now.shape[1] > 1 and now.shape[1] - before.shape[1] in (0, 1):
+            for b, column in zip(*np.nonzero(now[:, : before.shape[1]] != before), strict=True):
                 fed[b].append(int(now[b, column]))
-        else:
+                inner.append(int(b))
+        if now.shape != before.shape or now.shape[1] == 1:
             for b, token in enumerate(now[:, -1]):
-                fed[b].append(int(token))
+                if b not in inner:
+                    fed[b].append(int(token))
     return fed
 
 
@@ -398,7 +416,8 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     rest = [c for c in rest if id(c.source) not in sampling]  # a second head of the sampling model
     special = special.and_stops(row for episode in episodes for row in _fed([c.ids.cpu().numpy() for c in episode]))
     if samples is None:
-        samples = [s for episode in episodes for s in generated(episode, special)]
+        prompts = _encoded_prompts(setup)
+        samples = [s for episode in episodes for s in generated(episode, special, prompts)]
         if not samples:
             samples = _from_rows(rest, setup, special)
         _complete(samples, rest, special)
