@@ -13,7 +13,7 @@ import torch
 from rlhf_doctor.finding import Role
 from rlhf_doctor.trace.runs import Run
 from rlhf_doctor.trace.sampler import bend_of
-from rlhf_doctor.trace.table import Placed, Places, Special, Table, _logp, _place, rest_of
+from rlhf_doctor.trace.table import Placed, Places, Special, Table, _logp, _place, rest_of, without_filler
 from rlhf_doctor.trace.taps import Call
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def _said(chain: Chain, b: int, special: Special) -> tuple[int, ...]:
         found.append(token)
         if token in special.eos:
             break
-    return tuple(found)
+    return without_filler(tuple(found), special.pad)
 
 
 def _context(chain: Chain, b: int, special: Special) -> tuple[int, ...]:

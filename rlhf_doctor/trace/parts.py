@@ -33,15 +33,27 @@ def embedding_of(module: torch.nn.Module, getter: str) -> Tensor | None:
     return None
 
 
-def token_table(module: torch.nn.Module) -> list[Tensor]:
-    """The embedding (V, H) of the tokens; of several tables the one with most rows."""
+def token_table(module: torch.nn.Module, rows: int | None = None) -> list[Tensor]:
+    """The embedding (V, H) of the tokens.
+
+    Of several tables it is the one that is tied to a projection, has a projection's outputs or ``rows`` for its rows,
+    or, where none of that tells, most rows: a table of positions may be the larger one.
+    """
     named = embedding_of(module, "get_input_embeddings")
     if named is not None:
         return [named]
     tables = [m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)]
     if not tables:
         tables = [p for p in module.parameters() if p.dim() == 2]
+    wide = [m.weight for m in module.modules() if isinstance(m, torch.nn.Linear)]
     most = max((t.shape[0] for t in tables), default=0)
+    for known in (
+        [t for t in tables if any(t is w for w in wide)],
+        [t for t in tables if t.shape[0] == rows],
+        [t for t in tables if len(tables) > 1 and any(t.shape == w.shape for w in wide)],
+    ):
+        if len(known) == 1:
+            return known
     return [t for t in tables if t.shape[0] == most][:1]
 
 

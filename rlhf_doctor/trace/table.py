@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["Placed", "Sample", "Special", "Table", "rest_of", "tabulate"]
+__all__ = ["Placed", "Sample", "Special", "Table", "rest_of", "tabulate", "without_filler"]
 
 NEXT = CANDIDATES.index(1)
 RUN = 2  # pads in a row after which a response has surely ended; one may have been drawn
@@ -204,8 +204,17 @@ def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[i
         prompt = row[kept[b]] if kept is not None and kept[b].any() else _stripped(row, special.pad)
         given = rest_of(tuple(map(int, prompt)), fed[b], known)
         response, ended = _until_end(fed[b][given:], special.eos)
-        found.append(Sample((*map(int, prompt), *fed[b][:given]), response, ended, ended))
+        whole = response if ended else without_filler(response, special.pad)
+        found.append(Sample((*map(int, prompt), *fed[b][:given]), whole, ended, ended or whole != response))
     return found
+
+
+def without_filler(tokens: tuple[int, ...], pad: int | None) -> tuple[int, ...]:
+    """Tokens without the run of pads at their end, as a row has them that reached its limit before others did."""
+    last = len(tokens)
+    while last and tokens[last - 1] == pad:
+        last -= 1
+    return tokens[:last] if last and len(tokens) - last >= RUN else tokens
 
 
 def rest_of(prompt: tuple[int, ...], fed: Sequence[int], known: Sequence[tuple[int, ...]]) -> int:

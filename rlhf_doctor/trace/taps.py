@@ -240,6 +240,7 @@ class Recorder(TorchFunctionMode):
         self._count: dict[Role, int] = {}
         self._marks: dict[Role, list[Tensor]] = {}
         self._widths: set[int] = set()
+        self._vocabulary: int | None = None  # rows of the policy's table of tokens
         self._hushed: torch.nn.Module | None = None  # the layer that is being run
         self._scored: set[bytes] = set()  # texts that the policy was seen to score
         for role in MODEL_ROLES:
@@ -257,7 +258,9 @@ class Recorder(TorchFunctionMode):
         if given is not self.setup.policy or role != "reference":
             self._modules[role] = module
         self._adapted += [m for m in module.modules() if hasattr(m, "disable_adapters") and hasattr(m, "lora_A")][:1]
-        tokens = token_table(module)
+        tokens = token_table(module, self._vocabulary)
+        if role == "policy" and tokens:
+            self._vocabulary = tokens[0].shape[0]
         heads = vocabulary_heads(module, tokens) if role in ("policy", "reference") else scalar_heads(module)
         for parameter in module.parameters():
             self._owners.setdefault(id(parameter), set()).add(role)

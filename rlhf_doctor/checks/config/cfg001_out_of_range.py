@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.checks.published import RANGES, UPDATES, Range
+from rlhf_doctor.checks.published import OWN_RANGES, RANGES, UPDATES, Range
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.algorithms import is_grouped
@@ -49,10 +49,12 @@ def out_of_range(setup: Any) -> Iterator[Finding]:
     """
     if not setup.declared:
         raise Unavailable("needs declared options")
+    algorithm = str(setup.declared.get("algorithm") or "").lower()
     for name, given in setup.declared.items():
         if name in RANGES and given is not None:
+            allowed = OWN_RANGES.get((algorithm, name), RANGES[name])
             for value in given if isinstance(given, (list, tuple)) else (given,):
-                yield from _judged(name, value, RANGES[name])
+                yield from _judged(name, value, allowed)
     for name in ("learning_rate", "critic_learning_rate"):
         if isinstance(setup.declared.get(name), str):
             yield _not_a_number(name, setup.declared[name])
