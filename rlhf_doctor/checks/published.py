@@ -48,6 +48,7 @@ RANGES: Mapping[str, Range] = {
     "reward_clip": Range((1e-9, ANY), (0.1, ANY), "scores that are clipped to nothing are all equal", CLIPS),
 }
 # What an algorithm has of its own: a ratio of whole sequences, the length's root of their product, hardly leaves 1.
+# TRL and others run it under GRPO's name, as an option.
 ZHENG = "Zheng et al. 2025, https://arxiv.org/abs/2507.18071"
 GSPO = Range((1e-9, 1 - 1e-9), (1e-5, 0.5), "a clip range is between 0 and 1", ZHENG)
-OWN_RANGES: Mapping[tuple[str, str], Range] = {("gspo", "clip_range"): GSPO}
+OWN_RANGES: Mapping[tuple[str, str], Range] = {(name, "clip_range"): GSPO for name in ("gspo", "grpo")}

@@ -9,17 +9,19 @@ from rlhf_doctor.check import check
 from rlhf_doctor.checks.padding import side_of, side_severity
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.readings import Inputs, Manifest, Reading
+from rlhf_doctor.instruments.tracing import Traced
 
 
 @check(
     "REW004",
     "the score is read at the last real token",
-    stage=Stage.PROBE,
+    stage=Stage.TRACE,
+    early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REW001",),
 )
 def reward_reads_wrong_token(
-    reward_reading: Reading, reward_manifest: Manifest, inputs: Inputs, setup: Any
+    reward_reading: Reading, reward_manifest: Manifest, inputs: Inputs, setup: Any, traced: Traced | None = None
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -28,6 +30,7 @@ def reward_reads_wrong_token(
         causal model the score read at a position depends on that position and on nothing after it. Where pad and eos
         are one id, the token before the final eos is what every implementation reads, and is fine. A fault that only
         shows under the padding side that this setup does not use is info: reading index -1 is right with left padding.
+        Where the step can be run, the rows that it scores tell which side they are padded on.
 
     Why it matters:
         Only the last real token has seen the whole response. A score read at a pad, at the first eos of a
@@ -57,8 +60,8 @@ def reward_reads_wrong_token(
         for name, (read, last, length) in reward_reading.cases.items()
         if read != last and not (same_id and name == "eos at the end" and read == last - 1)
     }
-    side = side_of(setup, reward_manifest)
-    grave = {n: case for n, case in wrong.items() if side_severity(n, side) is None}
+    sides = (padded_sides(traced) if traced is not None else set()) or {side_of(setup, reward_manifest)}
+    grave = {n: case for n, case in wrong.items() if any(side_severity(n, side) is None for side in sides)}
     cases = grave or wrong
     if not cases:
         return
@@ -68,7 +71,7 @@ def reward_reads_wrong_token(
         + (
             ". Read it at the last position whose attention mask is 1."
             if grave
-            else f": right for the rows of this setup, which are padded on the {side}, and wrong for others."
+            else f": right for the rows of this setup, which are padded on the {min(sides)}, and wrong for others."
         ),
         role="reward",
         confidence=Confidence.PROVEN,
@@ -84,6 +87,18 @@ def reward_reads_wrong_token(
             for n, (read, last, length) in cases.items()
         ),
     )
+
+
+def padded_sides(traced: Traced) -> set[str]:
+    """The sides that rows of the reward model are padded on in the step, by where the samples stand in them."""
+    found = set[str]()
+    for placed in traced.base.placed:
+        if placed.call.role == "reward":
+            for sample, start in placed.starts.items():
+                end = start + len(traced.base.samples[sample].tokens)
+                found |= {"left"} if start else set()
+                found |= {"right"} if end < placed.call.ids.shape[1] else set()
+    return found
 
 
 def _case(name: str) -> str:
