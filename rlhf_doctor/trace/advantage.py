@@ -57,6 +57,7 @@ FOLLOWS = 1e-2  # of the weights' range: float32 leaves 1e-6, bfloat16 some 1e-3
 ROUNDED = 1e-4  # relative; what float32 rounds is a thousandth of it
 PRECISE = 2e-3  # of a gain: float32 leaves 1e-4 of the amounts that are added, and 0.99 is told from 1
 NOTHING = 1e-3  # of a gain: nothing moved
+GEOMETRIC = 2e-4  # between the gains' ratios of one row: float32 leaves 1e-4, a constant in every reward a thousandth
 OWN = 0.1  # of the largest gain of a score: what is smaller is not the row's own score
 STILL = 1e-5  # of the largest weight: what reordered sums leave, with a margin
 
@@ -227,12 +228,13 @@ def discount(traced: Traced, of: str) -> Discount:
     The units of the gains do not matter: where the policy does not follow returns − values they are unknown.
     """
     products: list[float] = []
-    if not traced.recovered.scores_shared:
-        rows = score_gains(traced, of)
-        largest = max((np.abs(row.gain).max(initial=0.0) for row in rows), default=0.0)
-        for row in rows:  # a score that something else takes the place of shows what the others' do to its rewards
-            if np.abs(row.gain).max(initial=0.0) > OWN * largest:
-                products += _ratios(row.gain)
+    shared = traced.recovered.scores_shared
+    rows = score_gains(traced, of)
+    largest = max((np.abs(row.gain).max(initial=0.0) for row in rows), default=0.0)
+    for row in rows:  # a score that something else takes the place of shows what the others' do to its rewards
+        ratios = _ratios(row.gain) if np.abs(row.gain).max(initial=0.0) > OWN * largest else []
+        if not shared or (len(ratios) > 2 and np.ptp(ratios) < GEOMETRIC):  # normalised, it may have moved every reward
+            products += ratios
     values = [row for row in value_gains(traced, of) if row.at >= 1]
     if of == "policy":
         values = [row for row in values if abs(row.gain[row.at]) > NOTHING]

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_doctor.instruments.drawing import Drawing, Drawn
 from rlhf_doctor.trace.draws import apart
+from rlhf_doctor.trace.twice import has_dropout
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,6 +27,7 @@ __all__ = [
     "Other",
     "actions",
     "adapter_off",
+    "dropped_out",
     "old_and_new",
     "other_texts",
     "sampler_gap",
@@ -58,8 +60,18 @@ class Gap:
 
 
 def old_and_new(drawing: Drawing) -> Gap | None:
-    """The pass before the update beside the update's first, by the drawn tokens' log-probabilities."""
-    step = drawing.first
+    """The pass before the update beside the update's first, by the drawn tokens' log-probabilities.
+
+    Of the first step; where dropout is at work there and does nothing yet, as behind a fresh adapter, of the second.
+    """
+    found = _old_and_new(drawing, drawing.first)
+    later = drawing.second
+    if (found is None or not found.share) and later is not None and dropped_out(later, drawing.setup.policy):
+        return _old_and_new(drawing, later) or found
+    return found
+
+
+def _old_and_new(drawing: Drawing, step: Drawn) -> Gap | None:
     moved = np.abs(step.draws.new_logp - step.draws.old_logp)
     known = np.isfinite(moved) & step.table.real
     if not known.any():
@@ -67,7 +79,7 @@ def old_and_new(drawing: Drawing) -> Gap | None:
     sizes = moved[known]
     half = _half(step.draws.old) or drawing.half
     training = any(c.training for c in step.run.calls if c.role == "policy" and c.backwards)
-    drops = any("Dropout" in type(m).__name__ and m.p for m in getattr(drawing.setup.policy, "modules", list)())
+    drops = has_dropout(drawing.setup.policy)
     return Gap(
         float((sizes > drawing.rounding).mean()), float(sizes.mean()), float(np.median(sizes)), float(sizes.max()),
         drawing.rounding, len(sizes), int(known.any(1).sum()), half=half,
@@ -116,6 +128,12 @@ def sampler_gap(drawing: Drawing, step: Drawn, than: Gap | None = None) -> Gap |
         float(beyond.mean()), float(sizes.mean()), float(np.median(sizes)), float(np.nanmax(found[rows])), limit,
         int(np.isfinite(found[rows]).sum()), len(rows), bool(beyond.all()), contexts=tuple(contexts),
     )  # fmt: skip
+
+
+def dropped_out(step: Drawn, policy: Any) -> bool:
+    """Whether dropout with a rate above 0 is at work in the passes that the update of a step is made of."""
+    update = any(c.training and c.with_grad and c.role == "policy" for c in step.run.calls)
+    return update and has_dropout(policy)
 
 
 def other_texts(drawing: Drawing) -> Other | None:

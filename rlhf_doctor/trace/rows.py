@@ -34,6 +34,7 @@ MISFIT = 0.05  # of the range of the weights: another account must fit this well
 BETTER = 8.0  # times
 ROUNDED = 8.0  # times the rounding of one number: what a sum over some layers may leave
 UNUSUAL = 5.0  # times what is left in most rows
+APART = 0.3  # of the largest movement: what a shared mean and deviation may do to all samples but one
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def score_moves(found: Experiments, recovered: Recovered) -> Moved | None:
     if one is not None:
         targets = _moves(found.base, one, "value_gradient")
         if targets is not None and np.isfinite(targets[one.touched]).any():
-            wrong = _elsewhere(targets, one.touched, TARGETS)
+            wrong = _elsewhere(targets, one.touched, TARGETS) or _one_other(targets, one.touched)
             if wrong is not None:
                 return wrong
         weights = _moves(found.base, one, "weight")
@@ -187,6 +188,19 @@ def _elsewhere(moves: Floats, touched: Bools, target: str) -> Moved | None:
         return None
     strayed = np.flatnonzero(np.nan_to_num(others) > 0.2 * other)
     return Moved(target, tuple(map(int, np.flatnonzero(touched))), tuple(map(int, strayed)), own, other)
+
+
+def _one_other(moves: Floats, touched: Bools) -> Moved | None:
+    """All moved a little, as where scores are normalised together, and one that was not touched by far the most."""
+    sizes = np.where(np.isfinite(moves).any(1), np.where(np.isfinite(moves), moves, -1.0).max(1, initial=-1.0), np.nan)
+    known = np.flatnonzero(np.isfinite(sizes))
+    if touched.sum() != 1 or len(known) < 6 or not np.isfinite(sizes[touched]).all():
+        return None
+    top = int(known[sizes[known].argmax()])
+    rest = float(np.max(sizes[known[known != top]]))
+    if touched[top] or rest > APART * sizes[top]:
+        return None
+    return Moved(TARGETS, tuple(map(int, np.flatnonzero(touched))), (top,), float(sizes[touched][0]), 1.0)
 
 
 def _by_themselves(base: Table, one: Experiment) -> Moved | None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.runs import Run
     from rlhf_doctor.trace.taps import Call, ScoredTexts
 
-__all__ = ["Difference", "dropout_at_work", "first_difference"]
+__all__ = ["Difference", "dropout_at_work", "first_difference", "has_dropout"]
 
 NOISY = 1e-5  # of a quantity's range
 TOLERANCE = f"{NOISY:g} of the range"
@@ -133,14 +133,21 @@ def _texts(a: Sequence[ScoredTexts], b: Sequence[ScoredTexts]) -> Difference | N
 def dropout_at_work(setup: Any, found: Difference) -> bool:
     """Whether a model that can differ for it was in training mode with a dropout rate above 0."""
     roles = [found.role] if found.kind == "outputs" else list(MODEL_ROLES)
-    for module in (m for role in roles for m in _modules(setup.model(role))):
-        if (found.training or getattr(module, "training", False)) and any(
-            isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0
-            for name, rate in vars(module).items()
-            if "dropout" in name or (name == "p" and "dropout" in type(module).__name__.lower())
-        ):
-            return True
-    return False
+    modules = (m for role in roles for m in _modules(setup.model(role)))
+    return any((found.training or getattr(m, "training", False)) and _drops(m) for m in modules)
+
+
+def has_dropout(model: Any) -> bool:
+    """Whether any module of a model has a dropout rate above 0, in whatever mode it is."""
+    return any(_drops(module) for module in _modules(model))
+
+
+def _drops(module: Any) -> bool:
+    return any(
+        isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0
+        for name, rate in vars(module).items()
+        if "dropout" in name or (name == "p" and "dropout" in type(module).__name__.lower())
+    )
 
 
 def _modules(model: Any) -> list[Any]:

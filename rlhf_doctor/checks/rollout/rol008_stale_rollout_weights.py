@@ -17,7 +17,7 @@ from rlhf_doctor.instruments.drawing import Drawing
     stage=Stage.TRACE,
     severity=Severity.ERROR,
 )
-def stale_rollout_weights(drawing: Drawing) -> Iterator[Finding]:
+def stale_rollout_weights(drawing: Drawing, setup: Any) -> Iterator[Finding]:
     """
     What it examines:
         What the model that draws the tokens says in each state, beside what the policy says in the same state when it
@@ -67,6 +67,8 @@ def stale_rollout_weights(drawing: Drawing) -> Iterator[Finding]:
     if second is None:
         raise Unavailable("needs a second step after the first one's updates")
     if second.share > passes.MOST:
+        if drawing.second is not None and passes.dropped_out(drawing.second, setup.policy):
+            raise Unavailable("needs an update without dropout: its passes say other things than the sampler anyway")
         yield _found(second, "after the first step's updates")
 
 
