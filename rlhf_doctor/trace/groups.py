@@ -26,6 +26,8 @@ __all__ = ["Baselines", "baselines"]
 
 STILL = 1e-6  # of the largest weight
 CLOSE = 1e-2  # of a group's spread
+ZERO = 2e-3  # of a group's absolute sum: float32 leaves 1e-5
+PASS = "the mean of each pass"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class Baselines:
     mates: list[int]
     moved: Bools
     advantages: Floats
+    worst: dict[str, float]  # weighting -> the largest of the sums under it
+
+    @property
+    def by_pass(self) -> bool:
+        """Whether the sums are 0 if each pass was a mean of its own tokens, and under no other weighting."""
+        own = self.worst.get(PASS, np.inf)
+        return own < ZERO and min((w for name, w in self.worst.items() if name != PASS), default=0.0) > 10 * ZERO
 
     @property
     def still_mates(self) -> list[int]:
@@ -83,6 +92,7 @@ def baselines(traced: Traced, size: int | None) -> Baselines:
     per_row, out = _advantages(traced), left_out(base)
     moved = moved_share(traced, "one score") > STILL
     best: tuple[float, str, list[float], Floats] | None = None
+    by_name: dict[str, float] = {}
     for name, scale in _weightings(base).items():
         given = per_row / scale
         telling = [g for g in groups if np.isfinite(given[g]).all() and _tells(given[g], base.scores[g], out[g])]
@@ -93,13 +103,14 @@ def baselines(traced: Traced, size: int | None) -> Baselines:
             a = given - shift
             sums = [float(a[g].sum() / (np.abs(a[g]).sum() or 1.0)) for g in telling]
             worst = max(map(abs, sums), default=np.inf)
+            by_name[name] = min(worst, by_name.get(name, np.inf))
             if sums and (best is None or worst < 0.5 * best[0]):
                 best = worst, name, sums, a
     if best is None:
         raise Unavailable("needs one advantage a response, and the policy's gradient shows several")
     changed = int(np.flatnonzero(traced.experiments.done["one score"].touched)[0])
     mates = [s for s in next((g for g in groups if changed in g), []) if s != changed and not out[s]]
-    return Baselines(groups, best[2], best[1], changed, mates, moved, best[3])
+    return Baselines(groups, best[2], best[1], changed, mates, moved, best[3], by_name)
 
 
 def _tells(advantages: Floats, scores: Floats, out: Bools) -> bool:
@@ -179,7 +190,7 @@ def _weightings(base: Table) -> dict[str, Floats]:
         "the mean of each response": 1 / lengths,
         "the mean of each minibatch": 1 / total(lengths),
         "the mean of each minibatch's responses": 1 / (lengths * total(np.ones(len(lengths)))),
-        "the mean of each pass": 1 / per_pass,
+        PASS: 1 / per_pass,
         "the mean of each minibatch's tokens that are not left out": 1 / total(lengths * kept),
         "the mean of each minibatch's responses that are not left out": 1 / (lengths * total(kept)),
     }

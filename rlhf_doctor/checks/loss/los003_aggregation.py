@@ -84,7 +84,39 @@ def loss_aggregation(traced: Traced, setup: Any) -> Iterator[Finding]:
     elif not declared and read.name in SOUND:
         yield _finding(f"The policy's loss is a {read.name}: {MEANS[read.name]}.", read, declared, Severity.INFO)
     elif not read.name and read.per_row is None:
+        if by_its_groups(traced, setup):
+            yield Finding(
+                "The policy's loss is divided by the tokens of each micro-batch: only so do the advantages of the "
+                "responses to one prompt add up to 0. Divide the sums of all micro-batches by one count of the "
+                f"update{_as(declared)}.",
+                role="loop",
+                confidence=Confidence.MEASURED,
+                evidence=(
+                    Evidence(
+                        "weighting of the responses under which each group's advantages add up to 0",
+                        "one for the whole update",
+                        "the mean of each pass, and no other",
+                        "0.002 of their absolute sum",
+                        "the gradient at the policy's logits",
+                    ),
+                ),
+            )
+            return
         raise Unavailable(f"needs weights whose divisor can be read: {read.reason}")
+
+
+def by_its_groups(traced: Traced, setup: Any) -> bool:
+    """Without a critic, and with scores that the loop shapes: whether groups tell that each pass has its own mean."""
+    from rlhf_doctor.trace.advantage import critic_free
+    from rlhf_doctor.trace.groups import baselines
+
+    size = setup.declared.get("group_size")
+    if not critic_free(traced) or not isinstance(size, int) or size < 2:
+        return False
+    try:
+        return baselines(traced, size).by_pass
+    except Unavailable:
+        return False
 
 
 def _as(declared: Any) -> str:
