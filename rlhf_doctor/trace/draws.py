@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +40,11 @@ class Chain:
     drawn: Ints
     columns: Ints
     last: Call
-    begins: Ints
+    begins: Ints = field(init=False)
+
+    def __post_init__(self) -> None:
+        """No row begins late until prompts are known."""
+        self.begins = np.zeros(len(self.drawn), dtype=np.int64)
 
     def begin(self, prompts: Sequence[tuple[int, ...]], special: Special) -> None:
         """Find where each row's response begins, given all whole prompts."""
@@ -108,8 +112,7 @@ def chains(calls: Sequence[Call], role: Role = "policy") -> list[Chain]:
         nonlocal current, steps
         if len(current) > 2 or (len(current) == 2 and current[1].ids.shape[1] == 1):
             drawn, columns = (np.stack([s[i] for s in steps], 1) for i in (0, 1))
-            begins = np.zeros(len(drawn), dtype=np.int64)
-            found.append(Chain(current[:-1], drawn, columns, current[-1], begins))
+            found.append(Chain(current[:-1], drawn, columns, current[-1]))
         current, steps = [], []
 
     for call in sorted((c for c in calls if c.role == role), key=lambda c: c.order):
