@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_doctor.facts import Unavailable
-from rlhf_doctor.trace.advantage import moved_share, trusted
+from rlhf_doctor.trace.advantage import critic_free, moved_share, trusted
 from rlhf_doctor.trace.recover import masked
 from rlhf_doctor.trace.spans import left_out
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Baselines", "baselines"]
+__all__ = ["Baselines", "baselines", "by_its_groups"]
 
 STILL = 1e-6  # of the largest weight
 CLOSE = 1e-2  # of a group's spread
@@ -194,3 +194,13 @@ def _weightings(base: Table) -> dict[str, Floats]:
         "the mean of each minibatch's tokens that are not left out": 1 / total(lengths * kept),
         "the mean of each minibatch's responses that are not left out": 1 / (lengths * total(kept)),
     }
+
+
+def by_its_groups(traced: Traced, size: object) -> bool:
+    """Without a critic, and with scores that the loop shapes: whether groups tell that each pass has its own mean."""
+    if not critic_free(traced) or not isinstance(size, int) or size < 2:
+        return False
+    try:
+        return baselines(traced, size).by_pass
+    except Unavailable:
+        return False

@@ -54,6 +54,7 @@ def loss_aggregation(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://arxiv.org/abs/2503.20783 (length weighting). Tolerance: a divisor has to fit a count within 1%;
         rounding leaves 1e-5.
     """
+    from rlhf_doctor.trace.groups import by_its_groups
     from rlhf_doctor.trace.weighting import SOUND, weighting
 
     read = weighting(traced)
@@ -84,39 +85,16 @@ def loss_aggregation(traced: Traced, setup: Any) -> Iterator[Finding]:
     elif not declared and read.name in SOUND:
         yield _finding(f"The policy's loss is a {read.name}: {MEANS[read.name]}.", read, declared, Severity.INFO)
     elif not read.name and read.per_row is None:
-        if by_its_groups(traced, setup):
-            yield Finding(
+        if by_its_groups(traced, setup.declared.get("group_size")):
+            yield _finding(
                 "The policy's loss is divided by the tokens of each micro-batch: only so do the advantages of the "
                 "responses to one prompt add up to 0. Divide the sums of all micro-batches by one count of the "
                 f"update{_as(declared)}.",
-                role="loop",
-                confidence=Confidence.MEASURED,
-                evidence=(
-                    Evidence(
-                        "weighting of the responses under which each group's advantages add up to 0",
-                        "one for the whole update",
-                        "the mean of each pass, and no other",
-                        "0.002 of their absolute sum",
-                        "the gradient at the policy's logits",
-                    ),
-                ),
+                read,
+                declared,
             )
             return
         raise Unavailable(f"needs weights whose divisor can be read: {read.reason}")
-
-
-def by_its_groups(traced: Traced, setup: Any) -> bool:
-    """Without a critic, and with scores that the loop shapes: whether groups tell that each pass has its own mean."""
-    from rlhf_doctor.trace.advantage import critic_free
-    from rlhf_doctor.trace.groups import baselines
-
-    size = setup.declared.get("group_size")
-    if not critic_free(traced) or not isinstance(size, int) or size < 2:
-        return False
-    try:
-        return baselines(traced, size).by_pass
-    except Unavailable:
-        return False
 
 
 def _as(declared: Any) -> str:
@@ -155,7 +133,8 @@ def _finding(message: str, read: Any, declared: Any, severity: Severity | None =
             Evidence(
                 "what the sum over a pass's tokens is divided by" if counts else "whether rows or tokens weigh alike",
                 expected=str(declared or "the tokens or the rows of the whole update"),
-                observed=counts or ("rows" if read.per_row else "tokens"),
+                observed=counts
+                or ("a pass of its own" if read.per_row is None else "rows" if read.per_row else "tokens"),
                 tolerance="1% of a count",
                 where="the gradient at the policy's logits over the advantages",
             ),
