@@ -259,15 +259,21 @@ def _strange(calls: Sequence[Call], episodes: Sequence[Chain], special: Special)
     texts = _trained_texts(calls, special)
     matched: set[tuple[int, ...]] = set()
     left: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+    found: list[Strange] = []
     for chain in episodes:
         for b in range(len(chain.drawn)):
             said, prompt = _said(chain, b, special), _bare(_context(chain, b, special), special)
             kept = said[:-1] if said and said[-1] == special.pad else said
-            fits = {t for t in texts if any(t[i : i + len(kept)] == kept for i in _joints(t, prompt))}
-            matched |= fits
-            if said and not fits:
+            places = {t: i for t in texts for i in _joints(t, prompt) if t[i : i + len(kept)] == kept}
+            matched |= set(places)
+            if said and not places:
                 left.append((prompt, said))
-    found = []
+            elif (
+                said
+                and len(said) == len(chain.calls)
+                and all(_lengthened(t[i:], said, special) for t, i in places.items())
+            ):
+                found.append(Strange(prompt, said, max((t[i:] for t, i in places.items()), key=len)))
     for prompt, said in left:
         rests = [(t[i:], t) for t in texts - matched for i in _joints(t, prompt) if i < len(t) or not said[1:]]
         if not rests:
@@ -281,6 +287,14 @@ def _strange(calls: Sequence[Call], episodes: Sequence[Chain], special: Special)
             matched.add(text)
             found.append(Strange(prompt, said, rest))
     return found
+
+
+def _lengthened(rest: tuple[int, ...], said: tuple[int, ...], special: Special) -> bool:
+    """Whether a text that was cut at the limit is trained on with an end of sequence behind its last token.
+
+    One token more than was fed may have been drawn last; a second one was not drawn.
+    """
+    return said[-1] not in special.eos and len(rest) == len(said) + 2 and rest[-1] in special.eos
 
 
 def _last_altered(made: Draws, episodes: Sequence[Chain], table: Table, special: Special) -> list[Strange]:
