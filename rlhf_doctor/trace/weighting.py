@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -188,7 +188,8 @@ def _through_0(x: Floats, y: Floats) -> tuple[float, float, float]:
 def half_precision(traced: Traced) -> str:
     """The half precision that the loss is computed in, though the head gives float32; empty where none shows.
 
-    Every token's weight is then a number of that precision, at ratio 1 and where the update's ratios were moved.
+    Every token's weight is then a number of that precision, at ratio 1 and where the update's ratios were moved; or,
+    where the logits themselves were made coarser, every gradient that came back to them is.
     """
     import torch
 
@@ -198,10 +199,19 @@ def half_precision(traced: Traced) -> str:
         return ""
     found = [table["weight"][table.real] for table in (traced.base, moved.table)]
     weights = [torch.as_tensor(w[np.isfinite(w) & (w != 0)]) for w in found]
-    if any(len(set((1024 * torch.frexp(w).mantissa).round().tolist())) < MANY for w in weights):
+    calls = [p.call for p in traced.base.placed if p.call.role == "policy" and "at_action" in p.call.gradient]
+    back = torch.cat([c.gradient["at_action"].double().cpu() for c in calls]) if calls else torch.zeros(0)
+    return _coarse(weights) or _coarse([back[back.isfinite() & (back != 0)]])
+
+
+def _coarse(numbers: Sequence[Any]) -> str:
+    """The half precision that all of these tensors' numbers have, if there are enough of them; else nothing."""
+    import torch
+
+    if any(len(set((1024 * torch.frexp(x).mantissa).round().tolist())) < MANY for x in numbers):
         return ""
     for kind in (torch.bfloat16, torch.float16):
-        if all(bool(((w.to(kind).double() / w - 1).abs() < EXACT).all()) for w in weights):
+        if all(bool(((x.to(kind).double() / x - 1).abs() < EXACT).all()) for x in numbers):
             return str(kind).removeprefix("torch.")
     return ""
 
