@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.table import Table
 
     Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
 __all__ = ["Leak", "Surplus", "kl_leak", "surplus"]
 
+PLANE = 1e-3  # of the rewards' range: float32 leaves 1e-6
 NEAR = 0.02  # of a gain
 
 
@@ -34,7 +36,7 @@ class Surplus:
     amount: Floats
     score: Floats
     ended: Bools
-    slots: NDArray[np.int64]  # after the response
+    slots: Ints  # after the response
     decay: float | None
     reason: str = ""
 
@@ -98,8 +100,34 @@ def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> S
         later = (target - (gamma - decay) * after) / decay - score
         amount = np.where(np.isfinite(amount) | ~(np.abs(gain - decay) < NEAR), amount, later)
     if not np.isfinite(amount).any():
-        return said("the scores are scaled or placed elsewhere on their way to the rewards")
+        penalty = declared.get("missing_eos_penalty")
+        scaled = _of_scaled(target, score, ended, lengths, float(penalty)) if penalty else None
+        if scaled is None:
+            return said("the scores are scaled or placed elsewhere on their way to the rewards")
+        amount = scaled
     return Surplus(amount, score, ended, wide - lengths, decay)
+
+
+def _of_scaled(target: Floats, score: Floats, ended: Bools, lengths: Ints, penalty: float) -> Floats | None:
+    """What was added to each score before all were scaled and shifted together; None where no simple rule fits.
+
+    A rule says who loses the penalty: those that did not end, that did, that are shorter than the longest, or none.
+    Under the right one rewards lie on a plane over the scores and that, with the penalty's ratio of slopes.
+    """
+    if not (np.isfinite(target) & np.isfinite(score)).all() or len(score) < 6 or ended.all() or not ended.any():
+        return None
+    full, none = lengths == lengths.max(), np.zeros(len(score), dtype=bool)
+    fits: list[tuple[float, Floats]] = []
+    for flag in (~ended, ended, ~(full & ended), none):
+        columns = [score, np.ones(len(score)), *([flag.astype(float)] if flag.any() else [])]
+        solved, *_ = np.linalg.lstsq(np.stack(columns, 1), target, rcond=None)
+        left = float(np.abs(np.stack(columns, 1) @ solved - target).max()) / max(float(np.ptp(target)), 1e-12)
+        right = not flag.any() or (solved[0] and abs(abs(solved[2] / solved[0] / penalty) - 1) < NEAR)
+        if right and flag.sum() < len(flag) - 1:
+            sign = np.sign(solved[2] / solved[0]) if flag.any() else 0.0
+            fits.append((left, flag * sign * abs(penalty)))
+    best = min(fits, key=lambda fit: fit[0], default=None)
+    return best[1] if best is not None and best[0] < PLANE else None
 
 
 def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
