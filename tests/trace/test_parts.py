@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import torch
@@ -46,7 +47,7 @@ def grown(*rows: list[list[int]]) -> list[SimpleNamespace]:
 
 def test_rows_that_grow_each_at_its_own_place() -> None:
     calls = grown([[5, 6, 0], [7, 8, 9]], [[5, 6, 2, 0], [7, 8, 9, 3]], [[5, 6, 2, 4, 0], [7, 8, 9, 3, 1]])
-    assert all(_continues(a, b) for a, b in zip(calls, calls[1:], strict=False))
+    assert all(_continues(a, b) for a, b in itertools.pairwise(calls))
     assert _fed([c.ids.numpy() for c in calls]) == [[2, 4], [3, 1]]
     others = grown([[5, 6, 0], [7, 8, 9]], [[4, 4, 2, 0], [7, 8, 9, 3]])
     assert not _continues(*others)
