@@ -108,10 +108,11 @@ def greedy(table: Table) -> set[Text]:
     for chain in chains(table.generation):
         likeliest = np.zeros(chain.drawn.shape, dtype=bool)
         for k, call in enumerate(chain.calls):
-            if call.tail is None or call.tail_of is None:
+            likely = call.likeliest if call.tail is None else call.tail.argmax(-1)
+            if likely is None or call.tail_of is None:
                 continue
             last = (call.columns[call.tail_of] == call.ids.shape[1] - 1).nonzero()[:, 0]
-            rows, best = call.rows[call.tail_of[last]].tolist(), call.tail[last].argmax(-1).tolist()
+            rows, best = call.rows[call.tail_of[last]].tolist(), likely[last].tolist()
             likeliest[rows, k] = chain.drawn[rows, k] == best
         for start, drawn, good in zip(chain.calls[0].ids.tolist(), chain.drawn.tolist(), likeliest, strict=True):
             for s in table.samples:

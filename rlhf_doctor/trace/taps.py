@@ -119,6 +119,7 @@ class Call:
     rounding: float = 2.0**-23  # relative, of the numbers that the head gave
     tail: Tensor | None = None  # (K, V) logits whose action may not be among the ids: after the last, or before filler
     tail_of: Tensor | None = None  # (K,) which of the N they are
+    likeliest: Tensor | None = None  # (K,) in place of ``tail`` once the next call has shown what was drawn
     gradient: dict[str, Tensor] = field(default_factory=dict)
     foreign: Role | None = None  # the head was given this other role's hidden states, bit for bit
     weights: Tensor | None = None  # a few numbers of the role's parameters at the time, to see who has been updated
@@ -433,6 +434,9 @@ class Recorder(TorchFunctionMode):
         window = sum(role in stepped for _, _, stepped in self.steps)
         training = bool(module.training) if module is not None else False
         self._count[role] = nth = self._count.get(role, -1) + 1
+        before = next((c for c in reversed(self.calls[-3:]) if c.role == role), None)
+        if before is not None and before.tail is not None and not before.with_grad and lookup.ids.shape[1] == 1:
+            before.likeliest, before.tail = before.tail.argmax(-1), None  # decoded on: B rows of logits a token add up
         call = Call(role, self.order, nth, lookup, rows, columns, False, training, window, given=(rows, columns))
         with torch.no_grad(), torch._C.DisableTorchFunction():
             if lookup.unpacked is not None and lookup.ids.shape[1] > 1:
