@@ -241,6 +241,7 @@ class Recorder(TorchFunctionMode):
         self._count: dict[Role, int] = {}
         self._marks: dict[Role, list[Tensor]] = {}
         self._widths: set[int] = set()
+        self._room: tuple[Tensor, Tensor] | None = None
         self._vocabulary: int | None = None  # rows of the policy's table of tokens
         self._hushed: torch.nn.Module | None = None  # the layer that is being run
         self._scored: set[bytes] = set()  # texts that the policy was seen to score
@@ -492,16 +493,17 @@ class Recorder(TorchFunctionMode):
         wanted = self.temperatures if self._may_be_drawn(call) else tuple(dict.fromkeys((self.temperatures[0], 1.0)))
         pieces: dict[float, list[Tensor]] = {t: [] for t in wanted}
         entropies = []
-        room: tuple[Tensor, Tensor] | None = None  # used again for every piece: new memory costs more than the sums
+        room = self._room  # used again for every piece: new memory costs more than the sums
         for piece in logits.split(max(1, CHUNK // size)):  # type: ignore[no-untyped-call]
             z = piece.float() if piece.dtype != torch.float64 else piece
-            if room is None or len(room[0]) != len(z):
-                room = torch.empty_like(z), torch.empty_like(z)
+            if room is None or room[0].numel() < z.numel() or room[0].dtype != z.dtype or room[0].device != z.device:
+                room = self._room = torch.empty_like(z).view(-1), torch.empty_like(z).view(-1)
+            first, second = (x[: z.numel()].view(z.shape) for x in room)
             peak = z.amax(-1)
             peak = torch.where(peak.isfinite(), peak, 0.0)
-            below = torch.sub(z, peak[:, None], out=room[0])
+            below = torch.sub(z, peak[:, None], out=first)
             for i, t in enumerate(wanted):
-                odds = torch.mul(below, 1 / t, out=room[1]).exp_()
+                odds = torch.mul(below, 1 / t, out=second).exp_()
                 total = odds.sum(-1)
                 pieces[t].append(peak / t + total.log())
                 if i == 0 and call.role == "policy":
