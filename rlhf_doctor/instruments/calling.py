@@ -30,7 +30,7 @@ SKIPPED_OUTPUTS = (
 PREFERRED = {
     "policy": ("logits", "lm_logits"),
     "reference": ("logits", "lm_logits"),
-    "reward": ("score", "scores", "reward", "rewards", "end_scores", "end_score", "chosen_end_scores", "logits"),
+    "reward": ("end_scores", "end_score", "chosen_end_scores", "score", "scores", "reward", "rewards", "logits"),
     "value": ("value", "values", "v", "vpred", "vpreds", "state_values"),
 }
 

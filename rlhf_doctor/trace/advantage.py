@@ -406,10 +406,14 @@ def recursion(traced: Traced) -> Response | None:
     """A rollout value whose effect on the advantages is none of looking one state ahead; None where all are."""
     if not follows(traced.recovered):
         return None
-    for row in value_gains(traced, "policy"):
+    rows = value_gains(traced, "policy")
+    right = [-float(r.gain[r.at - 1] / r.gain[r.at]) for r in rows if r.at and abs(r.gain[r.at] + 1) <= 5 * PRECISE]
+    for row in rows:
         own, before = row.gain[row.at], row.gain[: row.at][::-1]
         if abs(own) < 2 * PRECISE:
             continue
+        if len(before) and any(abs(-float(before[0] / own) - x) < 5 * PRECISE for x in right):
+            continue  # as in the others, and in other units: the row weighs less
         ahead = float(before[0]) if len(before) else 0.0
         uneven = len(before) > 2 and np.abs(before[1:-1] ** 2 - before[:-2] * before[2:]).max() > 5 * PRECISE
         if abs(own + 1) > 5 * PRECISE or not -5 * PRECISE < ahead < 1 + 5 * PRECISE or uneven:

@@ -97,7 +97,8 @@ def schedule(table: Table) -> Schedule:
         rows = placed.row_sample
         windows.setdefault(window, Counter()).update(texts[s] for s in rows[rows >= 0])
     scores = {t: float(s) for t, s in zip(texts, table.scores, strict=True) if np.isfinite(s)}
-    return Schedule(tuple(windows[w] for w in sorted(windows)), Counter(texts), scores)
+    whole = Counter(s.tokens for s in table.samples if not any(o.follows(s) for o in table.samples))
+    return Schedule(tuple(windows[w] for w in sorted(windows)), whole, scores)
 
 
 def greedy(table: Table) -> set[Text]:

@@ -84,6 +84,10 @@ class Sample:
         """Prompt and response."""
         return self.prompt + self.response
 
+    def follows(self, other: Sample) -> bool:
+        """Whether this is a later turn: its prompt begins with the other's whole text."""
+        return len(other.response) > 0 and self.prompt[: len(other.tokens)] == other.tokens
+
 
 @dataclass
 class Placed:

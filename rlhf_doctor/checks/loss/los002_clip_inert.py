@@ -14,7 +14,7 @@ from rlhf_doctor.instruments.tracing import Traced
 if TYPE_CHECKING:
     from rlhf_doctor.trace.disturbed import Disturbed
 
-CLIPPED = ("ppo", "grpo")
+CLIPPED = ("ppo",)
 
 
 @check(

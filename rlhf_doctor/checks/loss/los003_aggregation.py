@@ -59,7 +59,7 @@ def loss_aggregation(traced: Traced, setup: Any) -> Iterator[Finding]:
 
     read = weighting(traced)
     declared = setup.declared.get("loss_aggregation")
-    meant = not declared or declared in CONSTANT
+    meant = not declared or declared in CONSTANT or "sum" in str(declared)
     fixed = read.name.startswith(("grid", "longest")) and meant and _is_fixed(read, setup)
     if read.name and read.name not in (*SOUND, "undivided") and "undivided" not in read.name and not fixed:
         said = {
@@ -73,6 +73,8 @@ def loss_aggregation(traced: Traced, setup: Any) -> Iterator[Finding]:
             read,
             declared,
         )
+    elif declared in ROWS and fixed and read.per_row == ROWS[declared]:
+        return
     elif declared in ROWS and read.per_row is not None and read.name != "undivided" and _differs(read, declared):
         alike = "responses weigh alike, whatever their length" if read.per_row else "tokens weigh alike"
         found = f"{read.name} ({MEANS[read.name]})" if read.name in MEANS else f"one where all {alike}"
