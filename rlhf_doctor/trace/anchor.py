@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Anchor", "Line", "anchor", "deviation", "relative", "solve"]
 
 WITHIN = 0.06  # nats: a log-probability moved less than this is within the usual clip ranges
+PLAIN = 1e-3  # by how much a mean over the tokens may be off one
 STRAIGHT = 2e-3  # of the weights' range: advantages alone explain them up to what a KL adds
 
 
@@ -188,7 +189,26 @@ def _unit(traced: Traced, line: Line, declared: Mapping[str, Any]) -> float | No
         return None
     if said is not True and abs(taken) < 0.5 * abs(known.mean()):
         return 1.0
+    if _each_by_itself(traced.base, line):
+        return None  # every minibatch has a deviation of its own
     return deviation(traced.base, line, known)
+
+
+def _each_by_itself(table: Table, line: Line) -> bool:
+    """Whether minibatches are plain means of advantages over each one's own deviation, and not over the batch's."""
+
+    def fits(window: float, a: float, known: Floats) -> bool:
+        at = table.real & (table["window"] == window)
+        counts = (at.sum(), at.any(1).sum() * table.real.sum(1).mean())
+        return any(abs(known.std(ddof=d) * a * n - 1) < PLAIN for d in (0, 1) for n in counts)
+
+    if len(line.solved) < 2:
+        return False
+    own = {w: line.advantage[table.real & (table["window"] == w)] for w in line.solved}
+    if any(len(x) < 2 or not np.isfinite(x).all() for x in own.values()):
+        return False
+    whole = line.advantage[table.real]
+    return all(fits(w, a, own[w]) and not fits(w, a, whole) for w, (a, _, _) in line.solved.items())
 
 
 def deviation(table: Table, line: Line, known: Floats) -> float:
@@ -198,7 +218,7 @@ def deviation(table: Table, line: Line, known: Floats) -> float:
         at = table.real & (table["window"] == window)
         for count in (at.sum(), at.any(1).sum() * lengths.mean()):
             near = min(both, key=lambda d: abs(d * a * count - 1))
-            if abs(near * a * count - 1) < 1e-3:
+            if abs(near * a * count - 1) < PLAIN:
                 return near
     return both[0]
 

@@ -149,7 +149,8 @@ def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
     largest = float(np.abs(response[inside]).max()) if inside.any() else 0.0
     common = float(np.abs(response[others]).max()) if others.any() else 0.0
     best = (0.0, 0.0, "")
-    for where in ("after", "prompt"):
+    several = any(s.follows(o) for s in base.samples for o in base.samples)  # earlier turns stand in later prompts
+    for where in ("after",) if several else ("after", "prompt"):
         now, before = (t.outside.get(f"policy_{where}", np.zeros(len(chosen))) for t in (moved.table, base))
         grown = float((now - before)[chosen].sum()) if len(now) == len(chosen) == len(before) else 0.0
         if grown > best[0]:
