@@ -293,7 +293,7 @@ class NaiveReplayBuffer:
         for i in range(experience.sequences.size(0)):
             left = int(experience.attention_mask[i].argmax())
             right = int((~experience.action_mask[i]).sum())
-            cut = lambda t, start=0: t[start : len(t) - right]  # noqa: E731
+            cut = lambda t, start=0: t[start : len(t) - right]
             item = Experience(
                 sequences=cut(experience.sequences[i], left),
                 attention_mask=cut(experience.attention_mask[i], left),
@@ -460,7 +460,7 @@ def make(fault=None):
     critic_optim = torch.optim.AdamW(
         critic.parameters(), lr=args["critic_learning_rate"], betas=(0.9, 0.95), weight_decay=0.0
     )
-    warm_up = lambda done: min(1.0, (done + 1) / args["warmup_steps"])  # noqa: E731
+    warm_up = lambda done: min(1.0, (done + 1) / args["warmup_steps"])
     actor_scheduler = torch.optim.lr_scheduler.LambdaLR(actor_optim, warm_up)
     critic_scheduler = torch.optim.lr_scheduler.LambdaLR(critic_optim, warm_up)
     if fault == "value_head_after_optimizer":
