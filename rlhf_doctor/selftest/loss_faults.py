@@ -27,7 +27,6 @@ __all__ = [
     "half_precision_ratio",
     "in_bfloat16",
     "larger_of_the_two",
-    "mask_multiplied",
     "mean_of_micro_means",
     "micro_mean",
     "old_anew",
@@ -102,15 +101,6 @@ def bounds_exchanged(
     """The upper bound below the lower one."""
     pair = _surrogates(logp, old, advantage, mask, 1 + epsilon, 1 - epsilon)
     return ops.masked_mean(-torch.minimum(*pair), mask, count)
-
-
-def mask_multiplied(
-    logp: Tensor, old: Tensor, advantage: Tensor, mask: Tensor, epsilon: float, count: Any = None
-) -> Tensor:
-    """Old log-probabilities filled with minus infinity, and ratios that are multiplied by 0, not left out."""
-    ratio = (logp - old.masked_fill(~mask, -torch.inf)).exp()
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + epsilon) * advantage)
-    return (loss * mask).sum() / (mask.sum() if count is None else count)
 
 
 def half_precision_ratio(

@@ -97,13 +97,6 @@ def _finding(message: str, shown: tuple[str, str, str], where: str, severity: Se
     )
 
 
-@masked_poison.fault("infinite ratios of masked slots are multiplied by 0")
-def _(healthy: Any) -> Any:
-    from rlhf_doctor.selftest import loss_faults
-
-    return loss_faults.reference_step(healthy, parts={"policy_loss": loss_faults.mask_multiplied})
-
-
 @masked_poison.fault("the entropy of pads counts")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import loss_faults
