@@ -191,6 +191,12 @@ def main() -> None:
     text += ["| what | at most | measured | kept |", "|---|---|---|---|"]
     for what, target, number in rows:
         text.append(f"| {what} | {target} | {number:.3f} | {'yes' if number <= target else '**no**'} |")
+    text += [
+        "",
+        "Every run samples and scores anew, since what it changes may change that; it is cut short after the last "
+        "update that it is run for, which saves nothing where a step has one epoch. What is beyond the number of runs "
+        "is the comparison of their tables.",
+    ]
     print("\n".join(text), json.dumps({**cost, "memory": memory, "sets": sets}), sep="\n")
     if not given.dry:
         from benchmarks import sections
