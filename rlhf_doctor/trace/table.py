@@ -86,7 +86,8 @@ class Sample:
 
     def follows(self, other: Sample) -> bool:
         """Whether this is a later turn: its prompt begins with the other's whole text."""
-        return len(other.response) > 0 and self.prompt[: len(other.tokens)] == other.tokens
+        length = len(other.prompt) + len(other.response)
+        return 0 < len(other.prompt) < length <= len(self.prompt) and self.prompt[:length] == other.tokens
 
 
 @dataclass
