@@ -229,7 +229,12 @@ def discount(traced: Traced, of: str) -> Discount:
     """
     products: list[float] = []
     shared = traced.recovered.scores_shared
-    rows = score_gains(traced, of)
+    try:
+        rows = score_gains(traced, of)
+    except Unavailable:
+        if not shared:
+            raise
+        rows = []
     largest = max((np.abs(row.gain).max(initial=0.0) for row in rows), default=0.0)
     for row in rows:  # a score that something else takes the place of shows what the others' do to its rewards
         ratios = _ratios(row.gain) if np.abs(row.gain).max(initial=0.0) > OWN * largest else []
@@ -407,18 +412,20 @@ def recursion(traced: Traced) -> Response | None:
     if not follows(traced.recovered):
         return None
     rows = value_gains(traced, "policy")
-    right = [-float(r.gain[r.at - 1] / r.gain[r.at]) for r in rows if r.at and abs(r.gain[r.at] + 1) <= 5 * PRECISE]
+    strays: list[tuple[float, Response]] = []
+    right: list[float] = []
     for row in rows:
         own, before = row.gain[row.at], row.gain[: row.at][::-1]
         if abs(own) < 2 * PRECISE:
             continue
-        if len(before) and any(abs(-float(before[0] / own) - x) < 5 * PRECISE for x in right):
-            continue  # as in the others, and in other units: the row weighs less
         ahead = float(before[0]) if len(before) else 0.0
         uneven = len(before) > 2 and np.abs(before[1:-1] ** 2 - before[:-2] * before[2:]).max() > 5 * PRECISE
         if abs(own + 1) > 5 * PRECISE or not -5 * PRECISE < ahead < 1 + 5 * PRECISE or uneven:
-            return row
-    return None
+            strays.append((-ahead / float(own), row))
+        elif len(before):
+            right.append(-ahead / float(own))
+    # One that is as the others are, and in other units, weighs less and looks nowhere else.
+    return next((row for x, row in strays if not any(abs(x - y) < 5 * PRECISE for y in right)), None)
 
 
 def baseline(traced: Traced) -> tuple[float, float, Response, bool] | None:

@@ -111,14 +111,14 @@ def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> S
 def _of_scaled(target: Floats, score: Floats, ended: Bools, lengths: Ints, penalty: float) -> Floats | None:
     """What was added to each score before all were scaled and shifted together; None where no simple rule fits.
 
-    A rule says who loses the penalty: those that did not end, that did, that are shorter than the longest, or none.
+    A rule says who loses the penalty: those that did not end, those too that are shorter than the longest, or none.
     Under the right one rewards lie on a plane over the scores and that, with the penalty's ratio of slopes.
     """
     if not (np.isfinite(target) & np.isfinite(score)).all() or len(score) < 6 or ended.all() or not ended.any():
         return None
     full, none = lengths == lengths.max(), np.zeros(len(score), dtype=bool)
     fits: list[tuple[float, Floats]] = []
-    for flag in (~ended, ended, ~(full & ended), none):
+    for flag in (~ended, ~(full & ended), none):  # taken from the ended alone is a bonus to the others, and a shift
         columns = [score, np.ones(len(score)), *([flag.astype(float)] if flag.any() else [])]
         solved, *_ = np.linalg.lstsq(np.stack(columns, 1), target, rcond=None)
         left = float(np.abs(np.stack(columns, 1) @ solved - target).max()) / max(float(np.ptp(target)), 1e-12)

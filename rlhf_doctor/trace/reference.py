@@ -87,7 +87,7 @@ def _views(base: Table, passes: list[Placed]) -> dict[int, View]:
             start = placed.starts[s]
             end = start + len(base.samples[s].tokens) - 1  # nothing is drawn after the last token
             steps: tuple[int, ...] = ()
-            if places is not None and places.shape[-1] == ids.shape[1]:
+            if places is not None and places.shape[-1] == ids.shape[1] and len(places) in (1, len(ids)):
                 row = places.cpu().numpy()[b if places.shape[0] > 1 else 0, start:end]
                 steps = tuple(np.diff(row).tolist())
             found[s] = int(mask[b, :start].sum()), tuple(mask[b, start:end].tolist()), steps
