@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.instruments.algorithms import number
 from rlhf_doctor.report import trace_sample, trace_wiring
 from rlhf_doctor.report.trace_wiring import rounded
@@ -97,7 +98,10 @@ def _discount(declared: Mapping[str, Any], traced: Traced) -> list[dict[str, Any
     if advantage.critic_free(traced):
         reason = reason if not traced.experiments.done else NO_CRITIC
     else:
-        found = next((d for of in ("policy", "target") if (d := advantage.discount(traced, of)).sound), None)
+        try:
+            found = next((d for of in ("policy", "target") if (d := advantage.discount(traced, of)).sound), None)
+        except Unavailable as skip:
+            found, reason = None, str(skip)
         if found is not None:
             seen = (found.gamma, found.lam, found.product)
     names = ("gamma", "lambda", "gamma · lambda")
