@@ -151,7 +151,10 @@ def _whitening(declared: Mapping[str, Any], traced: Traced) -> dict[str, Any]:
     shown = None if said is None else {True: "whitened", False: "not whitened"}.get(said, str(said))
     if advantage.critic_free(traced):
         return _row("whitening", shown, None, None, "advantages are not returns − values here")
-    found = whitening(traced, declared).kind
+    try:
+        found = whitening(traced, declared).kind
+    except Unavailable as skip:
+        return _row("whitening", shown, None, None, str(skip))
     words, done = WHITENED.get(found, (None, None))
     reason = traced.recovered.reasons.get("returns") or "returns − values do not explain the policy's weights"
     return _row(
