@@ -149,8 +149,7 @@ def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
     largest = float(np.abs(response[inside]).max()) if inside.any() else 0.0
     common = float(np.abs(response[others]).max()) if others.any() else 0.0
     best = (0.0, 0.0, "")
-    several = any(s.follows(o) for s in base.samples for o in base.samples)  # earlier turns stand in later prompts
-    for where in ("after",) if several else ("after", "prompt"):
+    for where in ("after",) if any(base.earlier) else ("after", "prompt"):
         now, before = (t.outside.get(f"policy_{where}", np.zeros(len(chosen))) for t in (moved.table, base))
         grown = float((now - before)[chosen].sum()) if len(now) == len(chosen) == len(before) else 0.0
         if grown > best[0]:

@@ -97,7 +97,8 @@ def schedule(table: Table) -> Schedule:
         rows = placed.row_sample
         windows.setdefault(window, Counter()).update(texts[s] for s in rows[rows >= 0])
     scores = {t: float(s) for t, s in zip(texts, table.scores, strict=True) if np.isfinite(s)}
-    whole = Counter(s.tokens for s in table.samples if not any(o.follows(s) for o in table.samples))
+    earlier = {id(turn) for turns in table.earlier for turn in turns}
+    whole = Counter(s.tokens for s in table.samples if id(s) not in earlier)
     return Schedule(tuple(windows[w] for w in sorted(windows)), whole, scores)
 
 

@@ -112,7 +112,6 @@ def spans(table: Table, role: Role) -> Spans:
                 key = s, int(placed.state[n])
                 sizes[key] = sizes.get(key, 0.0) + float(gradient[n])
     floor = NOTHING * max(sizes.values(), default=0.0)
-    turns = [[o for o in table.samples if s.follows(o)] for s in table.samples]
     inside = np.zeros(table.tokens.shape, dtype=bool)
     edge = np.zeros(count, dtype=bool)
     before, after = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
@@ -123,7 +122,7 @@ def spans(table: Table, role: Role) -> Spans:
             inside[s, t] = True
         elif t < 0:
             at = len(table.samples[s].prompt) + t  # the token that this state comes before
-            before[s] += not any(len(o.prompt) <= at < len(o.tokens) + (not o.ended) for o in turns[s])
+            before[s] += not any(len(o.prompt) <= at < len(o.tokens) + (not o.ended) for o in table.earlier[s])
         elif t > lengths[s] or table.samples[s].ended:  # else the last token may be one that no pass was given
             after[s] += 1
         else:

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,9 +60,7 @@ class Special:
         ends, goes_on = set[int](), set[int]()
         for row in drawn:
             tokens = [int(t) for t in row if t >= 0]
-            last = len(tokens)
-            while last and tokens[last - 1] == self.pad:
-                last -= 1
+            last = _without_pads(tokens, self.pad)
             if len(tokens) - last >= RUN and last:
                 ends.add(tokens[last - 1])
             goes_on |= set(tokens[: max(last - 1, 0)])
@@ -127,6 +126,11 @@ class Table:
     score_rows: list[tuple[int, int]]  # (order of the call, row) of each sample's score
     temperature: float
     windows: dict[str, Ints] = field(default_factory=dict)
+
+    @cached_property
+    def earlier(self) -> list[list[Sample]]:
+        """Of each sample the earlier turns that its prompt begins with."""
+        return [[other for other in self.samples if sample.follows(other)] for sample in self.samples]
 
     def __getitem__(self, name: str) -> Floats:
         """A field, all NaN where it was never seen."""
@@ -216,10 +220,16 @@ def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[i
 
 def without_filler(tokens: tuple[int, ...], pad: int | None) -> tuple[int, ...]:
     """Tokens without the run of pads at their end, as a row has them that reached its limit before others did."""
+    last = _without_pads(tokens, pad)
+    return tokens[:last] if last and len(tokens) - last >= RUN else tokens
+
+
+def _without_pads(tokens: Sequence[int], pad: int | None) -> int:
+    """How many tokens there are before the pads at the end."""
     last = len(tokens)
     while last and tokens[last - 1] == pad:
         last -= 1
-    return tokens[:last] if last and len(tokens) - last >= RUN else tokens
+    return last
 
 
 def rest_of(prompt: tuple[int, ...], fed: Sequence[int], known: Sequence[tuple[int, ...]]) -> int:
