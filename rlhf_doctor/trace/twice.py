@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.runs import Run
     from rlhf_doctor.trace.taps import Call, ScoredTexts
 
-__all__ = ["Difference", "dropout_at_work", "first_difference", "has_dropout"]
+__all__ = ["Difference", "dropout_at_work", "dropout_rates", "first_difference", "has_dropout"]
 
 NOISY = 1e-5  # of a quantity's range
 TOLERANCE = f"{NOISY:g} of the range"
@@ -134,20 +134,26 @@ def dropout_at_work(setup: Any, found: Difference) -> bool:
     """Whether a model that can differ for it was in training mode with a dropout rate above 0."""
     roles = [found.role] if found.kind == "outputs" else list(MODEL_ROLES)
     modules = (m for role in roles for m in _modules(setup.model(role)))
-    return any((found.training or getattr(m, "training", False)) and _drops(m) for m in modules)
+    return any((found.training or getattr(m, "training", False)) and bool(_rates(m)) for m in modules)
 
 
 def has_dropout(model: Any) -> bool:
     """Whether any module of a model has a dropout rate above 0, in whatever mode it is."""
-    return any(_drops(module) for module in _modules(model))
+    return bool(dropout_rates(model))
 
 
-def _drops(module: Any) -> bool:
-    return any(
-        isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0
+def dropout_rates(model: Any) -> list[float]:
+    """The highest dropout rate of each module that has one above 0, as a module or as a setting of a layer."""
+    return [max(rates) for module in _modules(model) if (rates := _rates(module))]
+
+
+def _rates(module: Any) -> list[float]:
+    return [
+        float(rate)
         for name, rate in vars(module).items()
+        if isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0
         if "dropout" in name or (name == "p" and "dropout" in type(module).__name__.lower())
-    )
+    ]
 
 
 def _modules(model: Any) -> list[Any]:

@@ -34,10 +34,12 @@ def update_in_eval_mode(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/huggingface/trl/issues/1066 (eval() during the update is harmless); Huang et al. 2024, "The
         N+ implementation details of RLHF with PPO", https://arxiv.org/abs/2403.17031 (dropout is disabled).
     """
+    from rlhf_doctor.trace.twice import dropout_rates
+
     trained = [p.call for p in traced.base.placed if p.call.role == "policy" and p.call.backwards]
     if not trained:
         raise Unavailable("needs a pass of the policy that gradients come back to")
-    rates = _dropout(setup.policy)
+    rates = dropout_rates(setup.policy)
     if not rates or any(call.training for call in trained):
         return
     yield Finding(
@@ -54,20 +56,6 @@ def update_in_eval_mode(traced: Traced, setup: Any) -> Iterator[Finding]:
             ),
         ),
     )
-
-
-def _dropout(model: Any) -> list[float]:
-    """The highest dropout rate of each module that has one above 0, as a module or as a setting of a layer."""
-    found = []
-    for module in model.modules() if callable(getattr(model, "modules", None)) else ():
-        rates = [
-            float(rate)
-            for name, rate in vars(module).items()
-            if isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0
-            if "dropout" in name or (name == "p" and "dropout" in type(module).__name__.lower())
-        ]
-        found += [max(rates)] if rates else []
-    return found
 
 
 @update_in_eval_mode.fault("dropout rates above 0 and a step that leaves the policy in eval mode")
