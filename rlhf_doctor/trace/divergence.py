@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.instruments.rates import number
+from rlhf_doctor.trace.advantage import critic_free
 from rlhf_doctor.trace.anchor import anchor
 from rlhf_doctor.trace.estimators import CLOSE, STILL, VALUES, Fit, Penalty, old_logp, reference_logp, temperatures
 from rlhf_doctor.trace.recover import masked, return_response
+from rlhf_doctor.trace.shaped import kl_in_loss, shaped_kl
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,11 +66,18 @@ def divergence(traced: Traced, declared: Mapping[str, Any]) -> Divergence:
         why = "the reference's outputs on the samples could not be moved"
         made.reasons = {"reward": why, "loss": why}
         return made
-    made.reward = _in_reward(traced, moved, chosen, declared, made.reasons)
+    beside = None
+    if critic_free(traced):
+        made.reward, beside, why = shaped_kl(traced, moved, declared)
+        made.reasons |= {"reward": why} if why else {}
+    else:
+        made.reward = _in_reward(traced, moved, chosen, declared, made.reasons)
     found = anchor(traced, moved, chosen, declared)
-    made.loss, made.pull, made.constant = found.penalty, found.pull, found.constant
+    if found.penalty is None and beside is None and critic_free(traced):
+        beside = kl_in_loss(traced, moved, declared)
+    made.loss, made.pull, made.constant = beside or found.penalty, found.pull, found.constant
     made.to_zero = found.to_zero
-    if found.reason:
+    if found.reason and made.loss is None:
         made.reasons["loss"] = found.reason
     return made
 

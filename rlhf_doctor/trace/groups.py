@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Baselines", "baselines", "by_its_groups"]
+__all__ = ["Baselines", "baselines", "by_its_groups", "groups_of", "weightings"]
 
 STILL = 1e-6  # of the largest weight
 CLOSE = 1e-2  # of a group's spread
@@ -93,7 +93,7 @@ def baselines(traced: Traced, size: int | None) -> Baselines:
     moved = moved_share(traced, "one score") > STILL
     best: tuple[float, str, list[float], Floats] | None = None
     by_name: dict[str, float] = {}
-    for name, scale in _weightings(base).items():
+    for name, scale in weightings(base).items():
         given = per_row / scale
         telling = [g for g in groups if np.isfinite(given[g]).all() and _tells(given[g], base.scores[g], out[g])]
         shifts = [0.0]
@@ -166,7 +166,7 @@ def _level(row: Floats) -> float:
     return float(np.median(seen)) if np.ptp(seen) <= 1e-3 * max(float(np.abs(seen).max()), 1e-12) else float("nan")
 
 
-def _weightings(base: Table) -> dict[str, Floats]:
+def weightings(base: Table) -> dict[str, Floats]:
     """How a row's tokens may be weighted: alike, by the row's length, by the tokens of its minibatch or pass."""
     lengths = np.maximum(base.real.sum(1), 1).astype(np.float64)
     kept = np.where(left_out(base), 0.0, 1.0)

@@ -214,7 +214,8 @@ def _immutable(value: Any) -> bool:
 
 def _copied_iterator(value: Any) -> Any:
     """A copy of an iterator over a list, a range, zip, cycle …; None of anything else."""
-    if hasattr(value, "__next__") and not hasattr(value, "gi_frame") and not hasattr(value, "read"):
+    kind = type(value)  # which, unlike an object with a __getattr__ of its own, can be asked for any name
+    if hasattr(kind, "__next__") and not hasattr(kind, "gi_frame") and not hasattr(kind, "read"):
         try:
             return copy.copy(value)
         except Exception:  # files, sockets, data loaders' workers: they cannot be copied

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_doctor.trace.advantage import critic_free
 from rlhf_doctor.trace.divergence import Divergence
 from rlhf_doctor.trace.estimators import VALUES, old_logp, reference_logp
 from rlhf_doctor.trace.recover import masked, return_response
+from rlhf_doctor.trace.shaped import shaped_leak
 from rlhf_doctor.trace.taps import CANDIDATES
 
 if TYPE_CHECKING:
@@ -148,6 +150,9 @@ def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
     inside, others = np.isfinite(response) & chosen[:, None], np.isfinite(response) & ~moved.touched[:, None]
     largest = float(np.abs(response[inside]).max()) if inside.any() else 0.0
     common = float(np.abs(response[others]).max()) if others.any() else 0.0
+    rewards, tokens = max(largest - 3 * common, 0.0), int(inside.sum())
+    if critic_free(traced):
+        rewards, tokens = shaped_leak(traced, moved)
     best = (0.0, 0.0, "")
     for where in ("after",) if any(base.earlier) else ("after", "prompt"):
         now, before = (t.outside.get(f"policy_{where}", np.zeros(len(chosen))) for t in (moved.table, base))
@@ -155,7 +160,7 @@ def kl_leak(traced: Traced, found: Surplus) -> Leak | None:
         if grown > best[0]:
             best = grown, float(before[chosen].sum()), "after the response" if where == "after" else "in the prompt"
     return Leak(
-        max(largest - 3 * common, 0.0), int(inside.sum()), best[0], best[1], best[2], steady, steady_samples,
+        rewards, tokens, best[0], best[1], best[2], steady, steady_samples,
         int(chosen.sum()), _slots(base, chosen), _later(traced),
     )  # fmt: skip
 

@@ -29,7 +29,7 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
         token. One rollout value V(s_u) is changed: the advantage at u moves by -1 and the one before it by γ(1-λ). So
         γλ, γ and λ are measured from the policy's gradient and compared with what is declared. Where the policy is not
         trained with return - value, the rewards are read off the critic's targets, and the sums of them with a γ and λ
-        of 0, of 1, or as declared are tried.
+        of 0, of 1, or as declared are tried. Without a critic the score's own effect shows gamma.
 
     Why it matters:
         They set how far back a response's score is credited. Text is a finite episode with one score at its end: a
@@ -59,7 +59,8 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
     if gamma is None and lam is None:
         raise Unavailable("needs gamma and lam to be declared")
     if advantage.critic_free(traced):
-        raise Unavailable("needs a critic: without one advantages are not discounted sums")
+        yield from _without_a_critic(traced, gamma)
+        return
     if not advantage.follows(traced.recovered):
         other = rates_apart(traced, setup.declared)
         if other is not None:
@@ -101,6 +102,34 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
             for n, said, seen in told
         ),
     )
+
+
+def _without_a_critic(traced: Traced, gamma: float | None) -> Iterator[Finding]:
+    """A score reaches all tokens of its response alike, or those before the last one discounted."""
+    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace.shaped import of_scores
+
+    unit = of_scores(traced)
+    if gamma is None or unit is None or (unit.gamma == 1 and gamma != 1):
+        raise Unavailable("needs a critic, or advantages without one that are sums of rewards from a token on")
+    tolerance = 2 * advantage.PRECISE
+    if abs(unit.gamma - gamma) > tolerance:
+        yield Finding(
+            f"A score reaches the token before the last one with {unit.gamma:.3g} of its weight, and so on back to the "
+            f"first: the returns are discounted with gamma {unit.gamma:.3g}. They should be with {gamma:g}, as "
+            "declared: pass that gamma on, or declare the one that is meant.",
+            role="loop",
+            confidence=Confidence.PROVEN,
+            evidence=(
+                Evidence(
+                    "gamma, from how a changed score moves neighbouring tokens",
+                    f"{gamma:.4g}",
+                    f"{unit.gamma:.4g}",
+                    f"{tolerance:g}",
+                    where="the policy's gradient",
+                ),
+            ),
+        )
 
 
 def _of_the_policy(found: OtherRates, declared: Any) -> Finding:
@@ -145,3 +174,10 @@ def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest.loops import reference_step
 
     return reference_step(healthy, settings={"gamma": 0.99}, declared={"gamma": 1.0})
+
+
+@discount_differs.fault("without a critic, another gamma than is declared")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import leave_one_out
+
+    return leave_one_out.setup(healthy, leave_one_out.Returns(gamma=0.9))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.instruments.tracing import Traced
+
+if TYPE_CHECKING:
+    from rlhf_doctor.trace.advantage import Placement
 
 
 @check(
@@ -54,6 +57,8 @@ def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
         gamma, lam = 1.0 if gamma is None else gamma, 1.0
     declared = None if gamma is None or lam is None else gamma * lam
     found = advantage.placement(traced, declared)
+    if advantage.critic_free(traced) and found.kind in ("last", "unknown"):
+        found = _lost(traced) or found
     if found.kind == "last":
         return
     if found.kind == "unknown":
@@ -91,6 +96,21 @@ def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
     )
 
 
+def _lost(traced: Traced) -> Placement | None:
+    """Without a critic, scores in the last column of a batch whose shorter rows are masked there."""
+    import numpy as np
+
+    from rlhf_doctor.trace.advantage import Placement
+    from rlhf_doctor.trace.shaped import lost_scores
+
+    short = lost_scores(traced)
+    if short is None:
+        return None
+    lengths = traced.base.real.sum(1)
+    sample = int(short.argmax())
+    return Placement("lost", 0, sample, np.zeros(lengths[sample]), int(lengths.max()))
+
+
 @reward_misplaced.fault("the score in the last column of the batch")
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import advantage_faults
@@ -121,3 +141,10 @@ def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest.loops import reference_step
 
     return reference_step(healthy, parts={"rewards": advantage_faults.score_one_early})
+
+
+@reward_misplaced.fault("without a critic, the score in the last column of the batch")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import leave_one_out
+
+    return leave_one_out.setup(healthy, leave_one_out.Returns(last_column=True))

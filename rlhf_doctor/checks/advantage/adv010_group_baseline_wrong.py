@@ -20,7 +20,7 @@ TOLERANCE = 2e-3
     "a group's advantages compare the responses to one prompt",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
-    after=("ADV008", "ADV009"),
+    after=("ADV002", "ADV008", "ADV009"),
 )
 def group_baseline_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -111,3 +111,10 @@ def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import loops
 
     return loops.reference_step(healthy, declared={"kl_coef": 0.2})
+
+
+@kl_weight_differs.fault("without a critic, in the rewards and in the loss")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import leave_one_out
+
+    return leave_one_out.setup(healthy, leave_one_out.Returns(in_the_loss=0.05))

@@ -131,3 +131,10 @@ def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import kl_faults
 
     return kl_faults.with_kl_in_the_loss(healthy, "k2", detached=True)
+
+
+@kl_no_gradient.fault("without a critic, another estimator in the rewards than the declared one")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import leave_one_out
+
+    return leave_one_out.setup(healthy, leave_one_out.Returns(estimator="k3"))

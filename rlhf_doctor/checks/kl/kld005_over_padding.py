@@ -99,3 +99,10 @@ def _(healthy: Any) -> Any:
 
     leaky = kl_faults.LeakyRewards(filled=1.0)
     return loops.reference_step(healthy, parts={"kl": leaky.kl, "rewards": leaky.rewards, "gae": leaky.gae})
+
+
+@kl_over_padding.fault("without a critic, the KL of pads stays in the returns")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import leave_one_out
+
+    return leave_one_out.setup(healthy, leave_one_out.Returns(masked=False))
