@@ -196,7 +196,7 @@ class _Watcher(Recorder):
         if any(c.role == "reward" for c in calls) or any(start < t.order <= end for t in self.texts):
             return True
         drawing = [c for c in calls if c.role == "policy" and not c.with_grad and not c.pooled]
-        return any(_continues(a, b) for a, b in pairwise(drawing))
+        return any(_continues([a], b) for a, b in pairwise(drawing))
 
     def finish(self) -> None:
         """Nothing is recorded from here on."""

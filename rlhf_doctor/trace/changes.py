@@ -85,13 +85,14 @@ def of_scores(table: Table, amounts: Floats) -> Change:
     """Add ``amounts`` (S,) to the reward model's scores of the samples, wherever in the text they are read."""
     deltas: dict[int, Floats] = {}
     rows = {where: amounts[s] for s, where in enumerate(table.score_rows) if amounts[s] and where[0] >= 0}
+    forwards = {placed.call.order: placed.call.source for placed in table.placed}  # a head's output, and its pooling
     for placed in table.placed:
         if placed.call.role != "reward":
             continue
         at = np.maximum(placed.row_sample, 0)
         by_row = np.where(placed.row_sample >= 0, amounts[at], 0.0)
         for (order, row), amount in rows.items():
-            if order == placed.call.order:
+            if forwards.get(order) is placed.call.source:
                 by_row[row] = amount
         delta = by_row[placed.call.rows.cpu().numpy()]
         if np.any(delta):

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Divergence", "divergence"]
+__all__ = ["Divergence", "divergence", "shaped_by_the_update"]
 
 
 @dataclass
@@ -114,6 +114,38 @@ def _in_reward(
     if gain == 1.0 or (made.best is not None and _is(made.best.coefficient, declared.get("kl_coef"))):
         return made  # the scores alone may be normalised, and the KL taken off afterwards
     return _penalty(traced, moved, -rewards / gain, onto, same)
+
+
+def shaped_by_the_update(traced: Traced, changed: Experiment, declared: Mapping[str, Any]) -> bool:
+    """Whether a KL in the rewards explains how the critic's targets follow the log-probabilities of the update.
+
+    Where a step has one pass of the policy alone, it is in that pass's log-probabilities.
+    """
+    base, found = traced.base, traced.recovered
+    measured = found.gamma_lam if found.gamma_lam is not None else found.gamma_lam_of_policy
+    gamma, lam = (number(declared.get(name)) or 1.0 for name in ("gamma", "lam"))
+    if not base.has("ref_logp"):
+        return False
+    before, after = (masked(base, t["logp"]) - base["ref_logp"] for t in (base, changed.table))
+    targets = return_response(found, traced.experiments, changed)
+    decay = gamma * lam if measured is None else measured
+    rewards = targets.copy()
+    rewards[:, :-1] -= decay * np.where(base.real[:, 1:], targets[:, 1:], 0.0)
+    for value in VALUES.values():
+        x = value(after) - value(before)
+        known = np.isfinite(x) & np.isfinite(rewards)
+        made = _slope(x[known], rewards[known])
+        if made is not None and made[1] < CLOSE:
+            return True
+    return False
+
+
+def _slope(x: Floats, y: Floats) -> tuple[float, float] | None:
+    """(slope through 0, largest residual over the largest of y)."""
+    if len(x) < 4 or not (x * x).sum() or not np.abs(y).max():
+        return None
+    slope = float((x * y).sum() / (x * x).sum())
+    return slope, float(np.abs(y - slope * x).max() / np.abs(y).max())
 
 
 def _is(measured: float, declared: Any) -> bool:

@@ -119,7 +119,7 @@ def chains(calls: Sequence[Call], role: Role = "policy") -> list[Chain]:
         if call.with_grad or call.pooled:
             close()
             continue
-        gained = _gained(current[-1], call) if current else None
+        gained = _gained(current, call) if current else None
         if current and gained is None:
             close()
         if gained is not None:
@@ -129,13 +129,21 @@ def chains(calls: Sequence[Call], role: Role = "policy") -> list[Chain]:
     return found
 
 
-def _gained(before: Call, call: Call) -> tuple[Ints, Ints] | None:
-    """(token, column it was drawn in) of each row, if ``call`` is ``before`` with a token more; else None."""
+def _gained(chain: Sequence[Call], call: Call) -> tuple[Ints, Ints] | None:
+    """(token, column it was drawn in) of each row, if ``call`` is the last of the chain with a token more; else None.
+
+    A word alone stands beside a cache; after whole texts that grew it is another prompt.
+    """
+    before = chain[-1]
     a, b = before.ids.cpu().numpy(), call.ids.cpu().numpy()
     if a.shape[0] != b.shape[0]:
         return None
     last = np.full(len(a), a.shape[1] - 1)
-    if b.shape[1] == 1 and (a.shape[1] > 1 or before.columns.numel() == len(a)):
+    if (
+        b.shape[1] == 1
+        and (len(chain) == 1 or a.shape[1] == 1)
+        and (a.shape[1] > 1 or before.columns.numel() == len(a))
+    ):
         return b[:, -1], last
     if b.shape[1] == a.shape[1] + 1 and np.array_equal(b[:, :-1], a):
         return b[:, -1], last

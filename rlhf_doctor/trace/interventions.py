@@ -305,6 +305,10 @@ class _Conductor:
             self._run(name, amounts, amounts != 0, text=changes.of_texts(base, texts, amounts))
         else:
             self._run(name, amounts, amounts != 0, changes.of_scores(base, amounts))
+        made = self.made.get(name)
+        if made is not None and not np.nan_to_num(made.table.scores - base.scores)[made.touched].any():
+            del self.made[name]
+            self.found.reasons[name] = "the reward model's scores could not be changed where the step reads them"
 
     def _one_score(self) -> None:
         base = self.base

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["conventions", "shaped"]
 
 NEAR = 0.02  # of a number
+MULTIPLE = 2e-3  # of a whole multiple: means of float32 numbers leave 1e-6, of bfloat16 ones some 1e-3
 NAMES = {
     "score": [
         "scores",
@@ -66,7 +67,7 @@ def shaped(name: str, value: float, known: Mapping[str, tuple[float, float]]) ->
     if name != "score" and name not in NAMES["score"]:
         return False
     ratios = [value / x for x, _ in known.values() if x and value]
-    return not any(round(r) >= 2 and abs(r / round(r) - 1) < NEAR for ratio in ratios for r in (ratio, 1 / ratio))
+    return not any(round(r) >= 2 and abs(r / round(r) - 1) < MULTIPLE for ratio in ratios for r in (ratio, 1 / ratio))
 
 
 def _means(traced: Traced, each: Floats, said: str) -> Values:

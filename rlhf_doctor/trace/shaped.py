@@ -142,16 +142,16 @@ def _gamma(traced: Traced, one: Experiment, row: int) -> float | None:
     """The ratio of neighbouring tokens' moves in the changed row; with a whitened batch, less what moves every row."""
     base = traced.base
     was, now = (t["weight"][row, : base.real[row].sum()] for t in (base, one.table))
-    found = _ratio(now - was)
-    if found is not None:
-        return found
-    others = np.flatnonzero(~one.touched & trusted(traced))
+    windows = base.windows.get("policy", np.zeros(len(one.touched)))
+    others = np.flatnonzero(~one.touched & trusted(traced) & (windows == windows[row]))
     before, after = (masked(base, t["weight"])[others] for t in (base, one.table))
     known = np.isfinite(before) & np.isfinite(after)
-    if known.sum() < 3 or not np.ptp(before[known]):
-        return None
-    slope, shift = np.polyfit(before[known], after[known], 1)
-    return _ratio((now - shift) / slope - was) if slope else None
+    x, y = before[known], after[known]
+    if len(x) > 2 and np.ptp(x) and (x != y).any():
+        slope, shift = np.polyfit(x, y, 1)
+        if slope and np.abs(slope * x + shift - y).max() < SAME * np.abs(y - x).max():
+            return _ratio((now - shift) / slope - was)
+    return _ratio(now - was)
 
 
 def _ratio(moved: Floats) -> float | None:
@@ -209,9 +209,11 @@ def _shifts(base: Table, baseline: str, gamma: float, whitened: bool) -> list[Fl
     """The columns of what a baseline, and the mean of a whitened batch, move together."""
     whole = _reach(base, gamma) if baseline == "discounted" else np.ones(base.tokens.shape)
     found = _mean(base, whitened or baseline == "batch")
-    for rows in groups_of(base, None) if baseline in ("group", "discounted") else ():
-        found.append(np.zeros(base.tokens.shape))
-        found[-1][rows] = whole[rows]
+    groups = groups_of(base, None) if baseline in ("group", "discounted") else []
+    for rows in groups:
+        if len(rows) > 1:  # a column of one row would explain all of it
+            found.append(np.zeros(base.tokens.shape))
+            found[-1][rows] = whole[rows]
     return found
 
 

@@ -174,7 +174,7 @@ def split_generation(calls: Sequence[Call]) -> tuple[list[list[Call]], list[Call
             close()
             rest.append(call)
             continue
-        if current and (any(current[-1].order < o < call.order for o in others) or not _continues(current[-1], call)):
+        if current and (any(current[-1].order < o < call.order for o in others) or not _continues(current, call)):
             close()
         current.append(call)
     close()
@@ -182,12 +182,12 @@ def split_generation(calls: Sequence[Call]) -> tuple[list[list[Call]], list[Call
     return episodes, sorted(rest, key=lambda c: c.order)
 
 
-def _continues(before: Call, call: Call) -> bool:
-    a, b = before.ids, call.ids
+def _continues(chain: Sequence[Call], call: Call) -> bool:
+    a, b = chain[-1].ids, call.ids
     if a.shape[0] != b.shape[0]:
         return False
-    if b.shape[1] == 1:
-        return True
+    if b.shape[1] == 1:  # a word beside a cache; after whole texts that grew, another prompt of one word
+        return len(chain) == 1 or a.shape[1] == 1
     if a.shape[1] == 0 or b.shape[1] - a.shape[1] not in (0, 1):
         return False
     changed = (a != b[:, : a.shape[1]]).sum(1)
@@ -336,22 +336,37 @@ class Places:
             self.prompts.setdefault(s.prompt, []).append(i)
         self.prompt_lengths = sorted({len(p) for p in self.prompts}, reverse=True)
 
-    def find(self, row: Sequence[int], starts: Sequence[int], used: Counter[int]) -> tuple[int, int]:
-        """(sample, column of its first token), (-1, -1) where there is none; ``used`` spreads equal samples."""
+    def find(self, ids: Ints, mask: Any, used: Counter[int]) -> list[tuple[int, int]]:
+        """(sample, column of its first token) of each row, (-1, -1) where it is none; ``used`` spreads equal samples.
+
+        Where a row is the text of one sample and the beginning of another, its response begins where others' do.
+        """
+        fitting = [self._of_row(row.tolist(), _starts(row, mask, b, self.special.pad)) for b, row in enumerate(ids)]
+        begins = [{start + len(self.samples[i].prompt) for i, start in fits} for fits in fitting]
+        sure = set[int]().union(*(begin for begin in begins if len(begin) == 1))
+        found = []
+        for fits in fitting:
+            if len(sure) == 1:
+                fits = [(i, start) for i, start in fits if start + len(self.samples[i].prompt) in sure] or fits
+            alike = [(i, start) for i, start in fits if self._length(i) == self._length(fits[0][0])]
+            alike = [(i, start) for i, start in alike if start == fits[0][1]]
+            chosen = min(alike, key=lambda fit: (used[fit[0]], fit[0]), default=(-1, -1))
+            used[chosen[0]] += 1
+            found.append(chosen)
+        return found
+
+    def _length(self, i: int) -> int:
+        return len(self.samples[i].tokens) - self.samples[i].complete
+
+    def _of_row(self, row: Sequence[int], starts: Sequence[int]) -> list[tuple[int, int]]:
+        """Every (sample, column) that a row may be, the longest texts first."""
+        found = []
         for start in starts:
             for length in self.lengths:
-                if start + length > len(row):
-                    continue
-                candidates = self.keys[length].get(tuple(row[start : start + length]))
-                if not candidates:
-                    continue
+                candidates = self.keys[length].get(tuple(row[start : start + length])) or ()
                 following = row[start + length] if start + length < len(row) else None
-                fits = [i for i in candidates if self._fits(i, following)]
-                if fits:
-                    chosen = min(fits, key=lambda i: (used[i], i))
-                    used[chosen] += 1
-                    return chosen, start
-        return -1, -1
+                found += [(i, start) for i in candidates if self._fits(i, following)]
+        return found
 
     def _fits(self, i: int, following: int | None) -> bool:
         sample = self.samples[i]
@@ -387,10 +402,9 @@ def _place(call: Call, places: Places, used: Counter[int]) -> Placed:
     starts: dict[int, int] = {}
     start_of_row = np.zeros(len(ids), dtype=np.int64)
     altered = 0
-    for b, row in enumerate(ids):
-        candidates = _starts(row, mask, b, places.special.pad)
-        sample, start = places.find(row.tolist(), candidates, used)
+    for b, (row, (sample, start)) in enumerate(zip(ids, places.find(ids, mask, used), strict=True)):
         if sample < 0:
+            candidates = _starts(row, mask, b, places.special.pad)
             near, start = places.with_prompt(row.tolist(), candidates)
             if near:
                 altered += 1
@@ -480,8 +494,7 @@ def _complete(samples: list[Sample], calls: Sequence[Call], special: Special) ->
         used: Counter[int] = Counter()
         seen: list[tuple[tuple[int, ...], int, bool]] = []  # (all before it, token, whether it may be filler)
         cut = False  # some row ends before its last token
-        for b, row in enumerate(ids):
-            sample, start = places.find(row.tolist(), _starts(row, mask, b, special.pad), used)
+        for b, (row, (sample, start)) in enumerate(zip(ids, places.find(ids, mask, used), strict=True)):
             if sample < 0 or samples[sample].complete:
                 continue
             at = start + len(samples[sample].tokens)

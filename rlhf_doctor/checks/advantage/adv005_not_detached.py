@@ -19,7 +19,7 @@ TOLERANCE = 1e-3
     stage=Stage.TRACE,
     severity=Severity.ERROR,
 )
-def advantage_not_detached(traced: Traced) -> Iterator[Finding]:
+def advantage_not_detached(traced: Traced, setup: Any) -> Iterator[Finding]:
     """
     What it examines:
         The step is run again with the policy's logits changed in the update alone, so that its probability ratios are
@@ -49,9 +49,11 @@ def advantage_not_detached(traced: Traced) -> Iterator[Finding]:
     if not base.has("value_gradient"):
         raise Unavailable("needs a critic that is trained in the step")
     from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace.divergence import shaped_by_the_update
 
     moved, size = advantage.crossed(traced)
-    if moved <= TOLERANCE:
+    changed = traced.experiments.done["update logits"]
+    if moved <= TOLERANCE or shaped_by_the_update(traced, changed, setup.declared):
         return
     yield Finding(
         "The policy loss reaches the critic through the advantages: changing the policy's probabilities alone changes "
