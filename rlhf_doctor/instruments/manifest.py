@@ -92,7 +92,11 @@ def describe(
     rows = [
         info.shape[0]
         for name, info in tensors.items()
-        if len(info.shape) == 2 and name.endswith(EMBEDDINGS) and "position" not in name and "token_type" not in name
+        if len(info.shape) == 2
+        and name.endswith(EMBEDDINGS)
+        and "position" not in name
+        and "token_type" not in name
+        and not any(part.isdigit() for part in name.split("."))  # a layer's, such as an expert that is shared
     ]
     weights = Counter[str]()
     for info in tensors.values():
@@ -108,7 +112,7 @@ def describe(
         hidden_size=_first_int(config, "hidden_size", "n_embd", "d_model", "dim"),
         num_layers=_first_int(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"),
         vocab_size=_first_int(config, "vocab_size"),
-        embedding_rows=max(rows, default=embedding_rows),
+        embedding_rows=max(rows, default=None) if embedding_rows is None else embedding_rows,
         max_positions=_first_int(config, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"),
         weight_dtypes=dict(weights),
         **rest,

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -336,18 +336,23 @@ class Places:
             self.prompts.setdefault(s.prompt, []).append(i)
         self.prompt_lengths = sorted({len(p) for p in self.prompts}, reverse=True)
 
-    def find(self, ids: Ints, mask: Any, used: Counter[int]) -> list[tuple[int, int]]:
+    def find(
+        self, ids: Ints, mask: Any, used: Counter[int], trained: Mapping[int, int] | None = None
+    ) -> list[tuple[int, int]]:
         """(sample, column of its first token) of each row, (-1, -1) where it is none; ``used`` spreads equal samples.
 
-        Where a row is the text of one sample and the beginning of another, its response begins where others' do.
+        Where a row is the text of one sample and the beginning, or the text, of another, its response begins where it
+        is ``trained`` (row -> column) from on, or where others' do; a whole batch is in the samples' order.
         """
         fitting = [self._of_row(row.tolist(), _starts(row, mask, b, self.special.pad)) for b, row in enumerate(ids)]
         begins = [{start + len(self.samples[i].prompt) for i, start in fits} for fits in fitting]
         sure = set[int]().union(*(begin for begin in begins if len(begin) == 1))
         found = []
-        for fits in fitting:
-            if len(sure) == 1:
-                fits = [(i, start) for i, start in fits if start + len(self.samples[i].prompt) in sure] or fits
+        for b, fits in enumerate(fitting):
+            known = {trained[b]} if trained and b in trained else sure if len(sure) == 1 else set[int]()
+            fits = [(i, start) for i, start in fits if start + len(self.samples[i].prompt) in known] or fits
+            if len(ids) == len(self.samples):
+                fits = [(i, start) for i, start in fits if i == b] or fits
             alike = [(i, start) for i, start in fits if self._length(i) == self._length(fits[0][0])]
             alike = [(i, start) for i, start in alike if start == fits[0][1]]
             chosen = min(alike, key=lambda fit: (used[fit[0]], fit[0]), default=(-1, -1))
@@ -402,7 +407,7 @@ def _place(call: Call, places: Places, used: Counter[int]) -> Placed:
     starts: dict[int, int] = {}
     start_of_row = np.zeros(len(ids), dtype=np.int64)
     altered = 0
-    for b, (row, (sample, start)) in enumerate(zip(ids, places.find(ids, mask, used), strict=True)):
+    for b, (row, (sample, start)) in enumerate(zip(ids, places.find(ids, mask, used, _trained(call)), strict=True)):
         if sample < 0:
             candidates = _starts(row, mask, b, places.special.pad)
             near, start = places.with_prompt(row.tolist(), candidates)
@@ -418,6 +423,16 @@ def _place(call: Call, places: Places, used: Counter[int]) -> Placed:
     lengths = np.array([len(s.prompt) for s in places.samples] or [0])
     state = np.where(sample >= 0, columns - start_of_row[rows] + 1 - lengths[sample], -(10**6))
     return Placed(call, sample, state, starts, row_sample, altered)
+
+
+def _trained(call: Call) -> dict[int, int]:
+    """Row -> the column of its first token that a loss trains, where a gradient came back to several."""
+    gradient = call.gradient.get("others" if call.role == "policy" else "scalar")
+    if gradient is None or len(gradient) != len(call.given[0] if call.given else call.rows):
+        return {}
+    rows, columns = call.rows.cpu().numpy(), call.columns.cpu().numpy()
+    at = (gradient.cpu().numpy() != 0) & (columns >= 0)
+    return {int(b): int(columns[at & (rows == b)].min()) + 1 for b in np.unique(rows[at])}
 
 
 def _nearest(row: Ints, samples: Sequence[Sample], indices: Sequence[int], used: Counter[int]) -> int:
