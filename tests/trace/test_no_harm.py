@@ -159,3 +159,22 @@ def test_the_loops_own_counters_are_put_back() -> None:
     assert loop.calls == 0
     assert counted == {"steps": 0, "seen": []}
     assert loop.average.tolist() == [0, 0]
+
+
+def test_attributes_that_raise_other_errors_are_left_alone() -> None:
+    """Dicts whose keys are attributes often raise a KeyError for one that is not there."""
+
+    class Batch(dict[str, Any]):
+        def __getattr__(self, name: str) -> Any:
+            return self[name]
+
+    from rlhf_doctor.trace.keep import Snapshot, run_kept
+
+    kept = Batch(seen=[1])
+
+    def step() -> None:
+        kept.seen.append(2)
+
+    with run_kept(Snapshot(RLHFSetup(policy=torch.nn.Linear(2, 2), step=step))):
+        step()
+    assert kept == {"seen": [1]}

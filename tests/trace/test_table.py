@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
-from rlhf_doctor.trace.table import Sample, Special, _complete
+from rlhf_doctor.trace.table import Places, Sample, Special, _complete, split_generation
 from rlhf_doctor.trace.taps import Call, Lookup
 
 SPECIAL = Special(0, frozenset({2}))
@@ -54,3 +56,37 @@ def test_a_pad_that_was_drawn_as_a_token_may_be_masked() -> None:
     assert strange([4, 0, 5]) == 0
     assert strange([4, 9, 5]) == 0
     assert strange([4, 9, 6]) == 1
+
+
+def test_a_text_that_begins_another_is_found_where_its_response_begins() -> None:
+    # Left-padded: 7 8 4 5 6 is the prompt 7 with four tokens, and 7 8 with the first three of four.
+    samples = [
+        Sample((7,), (8, 4, 5, 6), False, True),
+        Sample((7, 8), (4, 5, 6, 9), False, True),
+        Sample((5,), (9, 4, 3, 1), False, True),
+    ]
+    rows = np.array([[7, 8, 4, 5, 6, 9], [0, 7, 8, 4, 5, 6], [0, 5, 9, 4, 3, 1], [0, 7, 8, 4, 5, 6]])
+    found = Places(samples, SPECIAL).find(rows, rows != 0, Counter())
+    assert found == [(1, 0), (0, 1), (2, 1), (0, 1)]
+
+
+def test_one_text_of_two_prompts_is_told_by_what_is_trained_or_by_its_row() -> None:
+    samples = [Sample((7, 8), (4, 5, 2), True, True), Sample((7,), (8, 4, 5, 2), True, True)]
+    places = Places(samples, SPECIAL)
+    rows = np.array([[7, 8, 4, 5, 2], [7, 8, 4, 5, 2]])
+    assert places.find(rows, None, Counter()) == [(0, 0), (1, 0)]
+    assert places.find(rows[:1], None, Counter(), {0: 1}) == [(1, 0)]
+    assert places.find(rows[:1], None, Counter(), {0: 2}) == [(0, 0)]
+
+
+def test_prompts_of_one_word_do_not_go_on_a_text_that_grew() -> None:
+    def asked(*rows: list[int]) -> list[Call]:
+        calls = [passed([row]) for row in rows]
+        for order, call in enumerate(calls):
+            call.with_grad, call.order = False, order
+        return calls
+
+    whole = asked([7], [7, 4], [7, 4, 5], [8], [8, 4], [8, 4, 2])
+    assert [[len(c.ids[0]) for c in episode] for episode in split_generation(whole)[0]] == [[1, 2, 3], [1, 2, 3]]
+    cached = asked([7, 8], [4], [5], [2])
+    assert [len(episode) for episode in split_generation(cached)[0]] == [4]
