@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["ALARM", "Heat", "Repeats", "cut_odds", "heat", "repeats_between", "repeats_within", "scoring_temperature"]
+__all__ = [
+    "ALARM",
+    "Heat",
+    "Repeats",
+    "cut_odds",
+    "heat",
+    "passes_apart",
+    "repeats_between",
+    "repeats_within",
+    "scoring_temperature",
+]
 
 ALARM = math.log(1e6)
 OPEN = -1.5  # log odds down to which it is worth drawing more
@@ -97,6 +107,12 @@ def _surprise(steps: Sequence[Drawn]) -> tuple[float, float, int]:
         expected.append(entropy[both])
     a, b = np.concatenate(told or [np.zeros(0)]), np.concatenate(expected or [np.zeros(0)])
     return (float(a.mean()), float(b.mean()), len(a)) if len(a) else (math.nan, math.nan, 0)
+
+
+def passes_apart(table: Table) -> float:
+    """How far the log-probabilities from before the update are from the first update's, in nats, of most tokens."""
+    apart = np.abs(table["old_logp"] - table["logp"])[table.real]
+    return float(np.median(apart[np.isfinite(apart)])) if np.isfinite(apart).any() else 0.0
 
 
 def scoring_temperature(table: Table) -> tuple[float, float, int] | None:

@@ -20,12 +20,22 @@ from rlhf_doctor.trace.taps import Change
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rlhf_doctor.instruments.tracing import Traced
     from rlhf_doctor.setups import RLHFSetup
 
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Moved", "Slots", "group_moves", "masks_of_others", "score_moves", "slots_off", "value_moves"]
+__all__ = [
+    "Moved",
+    "Slots",
+    "group_moves",
+    "masks_of_others",
+    "score_at_last",
+    "score_moves",
+    "slots_off",
+    "value_moves",
+]
 
 STILL = 0.01  # of the largest movement: what rounding leaves
 TARGETS, WEIGHTS = "critic's targets", "policy's weights"
@@ -279,6 +289,16 @@ class Slots:
     misfit: float
     own: float
     tokens: int
+
+
+def score_at_last(traced: Traced) -> bool:
+    """Whether a changed score moves the weight of its response's last token most, as where weights stand right."""
+    one, base = traced.experiments.done.get("one score"), traced.base
+    if one is None or one.touched.sum() != 1:
+        return False
+    row = int(np.flatnonzero(one.touched)[0])
+    moved = np.abs(np.nan_to_num(one.moved(base, "weight")[row, : base.real[row].sum()]))
+    return bool(len(moved) > 1 and moved[-1] > 0 and moved[-1] >= 0.99 * moved.max())
 
 
 def slots_off(base: Table, recovered: Recovered) -> Slots | None:

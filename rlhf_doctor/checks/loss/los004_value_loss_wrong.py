@@ -21,7 +21,7 @@ FEW = 6
     "the critic's gradient points from each value to its return",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
-    after=("VAL002",),
+    after=("VAL002", "ROL003"),
 )
 def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -> Iterator[Finding]:
     """

@@ -30,7 +30,8 @@ def reward_eos_sensitive(reward_preferences: PairScores, setup: Any) -> Iterator
         ranks them better than chance with it is judged. It is a fault where, without it, it ranks them no better than
         chance and loses a quarter of the pairs, or where a chosen response without its end loses to the rejected one
         with it in most pairs, so that the missing end outweighs the preference. A reward that pays for the end on
-        purpose should say so by ``missing_eos_penalty``, and is then only judged by the first.
+        purpose should say so by ``missing_eos_penalty``, and is then only judged by the first; that is info then,
+        unless the ranking turns over.
 
     Why it matters:
         In PPO many responses are cut at the length limit and have no end. A reward model that was only ever trained on
@@ -65,6 +66,8 @@ def reward_eos_sensitive(reward_preferences: PairScores, setup: Any) -> Iterator
     outweighs = wilson(overtaken, n)[0] > 0.5 and not setup.declared.get("missing_eos_penalty")
     if not lost and not outweighs:
         return
+    turned = at_most(bare, n, CHANCE) < DOUBT
+    penalised = bool(setup.declared.get("missing_eos_penalty")) and not turned  # cut responses are not left to chance
     gap = fmean(a - b for x, y in zip(p.with_eos, p.without_eos, strict=True) for a, b in zip(x, y, strict=True))
     spread = pstdev([s for pair in p.with_eos for s in pair])
     yield Finding(
@@ -77,6 +80,7 @@ def reward_eos_sensitive(reward_preferences: PairScores, setup: Any) -> Iterator
         + "The end should not decide: append it to finished responses before scoring, and give cut ones a fixed score.",
         role="reward",
         confidence=Confidence.MEASURED,
+        severity=Severity.INFO if penalised else None,
         evidence=(
             Evidence(
                 "pairs ranked rightly, with and without the end of sequence",

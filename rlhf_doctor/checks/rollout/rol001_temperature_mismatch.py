@@ -13,6 +13,7 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.drawing import Drawing
 from rlhf_doctor.instruments.tracing import Traced
 
+APART = 0.2  # nats, of the middle token: dropout leaves some 0.05, another context 1 and more
 OFF = 0.02  # of the temperature: twenty times what bfloat16 leaves of a slope over 32 logits
 
 
@@ -82,6 +83,8 @@ def temperature_mismatch(traced: Traced, drawing: Drawing, setup: Any) -> Iterat
     cut = odds.cut_odds(drawing)
     if heat.log_odds < odds.ALARM or (cut and cut[0] > heat.log_odds):
         return
+    if odds.passes_apart(traced.base) > APART:
+        raise Unavailable("needs the same log-probabilities before the update and in it: which were drawn from?")
     yield Finding(
         f"The drawn tokens are e^{heat.log_odds:.0f} times likelier at another temperature, best at "
         f"{heat.temperature:.2g}, than at the {traced.temperature:g} that their log-probabilities are taken at. "

@@ -73,7 +73,7 @@ def logprobs_shifted(traced: Traced) -> Iterator[Finding]:
         )
         return
     slots = rows.slots_off(traced.base, traced.recovered)
-    if slots is not None:
+    if slots is not None and not (slots.offset > 0 and rows.score_at_last(traced)):  # else the values stand off
         there = "token after" if slots.offset > 0 else "token before"
         yield Finding(
             f"The log-probabilities stand one slot off: each is weighted with the advantage of the {there}. "

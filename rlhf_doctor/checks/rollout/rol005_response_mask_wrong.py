@@ -21,7 +21,7 @@ FEW = 2
     "the response's tokens are trained on, all of them and nothing else",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
-    after=("ROL003", "ROL004", "ROL009", "ROL010"),
+    after=("ROL003", "ROL004", "ROL009", "ROL010", "VAL013"),
 )
 def response_mask_wrong(traced: Traced) -> Iterator[Finding]:
     """
