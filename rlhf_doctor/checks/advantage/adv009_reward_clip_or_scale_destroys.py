@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
+from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.instruments.tracing import Traced
 
+if TYPE_CHECKING:
+    from rlhf_doctor.trace.advantage import Reach
+
 HALF = 0.5
+FEW = 2
+NEAR = 0.02  # of a gain of 1
+FAINT = 0.01  # of the largest weight: what a score leaves that a clip lets through by a hair
 
 
 @check(
@@ -44,7 +51,8 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
         https://github.com/huggingface/trl/issues/3991 (scaling over another axis than asked for),
         https://github.com/vwxyzjn/summarize_from_feedback_details/pull/17 (whitened rewards are harmful), and Huang et
         al. 2024, https://arxiv.org/abs/2403.17031. A sample counts as cut when its return moves by less than 0.01 of
-        what its score does; float32 leaves 0.0001. A few cut outliers are what a clip is for: half is none.
+        what its score does; float32 leaves 0.0001. A few cut outliers are what a clip is for: half is none, nor
+        are two whose scores are below half of the declared clip.
     """
     from rlhf_doctor.trace import advantage
 
@@ -55,8 +63,9 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
     else:
         if not known:
             raise Unavailable("needs a critic whose target shows, and scores that could be changed")
-        lost = known > 1 and dead > HALF * known and found.arrives and (dead < known or found.none)
-    if not lost:
+        lost = known > 1 and dead > HALF * known and found.arrives and (dead < known or found.moved < FAINT)
+    within = _within_the_clip(traced, found, number(setup.declared.get("reward_clip")))
+    if not lost and within < FEW:
         return
     scores = traced.base.scores
     rewards = found.rewards[found.known & found.dead]
@@ -77,13 +86,25 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
                 "0.01 of a score's change",
             )
         )
+    who = "most samples'" if lost else f"{within} samples', all of whose scores lie within the declared clip,"
     yield Finding(
-        "What is done to the scores between the reward model and the rewards removes their differences: most samples' "
+        f"What is done to the scores between the reward model and the rewards removes their differences: {who} "
         "returns do not change with their score. Widen the clip, or normalise over the batch and not over each row.",
         role="loop",
         confidence=Confidence.PROVEN,
         evidence=tuple(evidence),
     )
+
+
+def _within_the_clip(traced: Traced, found: Reach, clip: float | None) -> int:
+    """Finished samples that do not answer to a score which the declared clip would leave, where others count whole."""
+    from rlhf_doctor.trace import advantage
+
+    if not clip or advantage.critic_free(traced) or not found.arrives:
+        return 0
+    whole = [row for row in advantage.score_gains(traced, "target") if abs(row.gain[-1] - 1) < NEAR]
+    inside = [s.ended and abs(x) < HALF * clip for s, x in zip(traced.base.samples, traced.base.scores, strict=True)]
+    return int((found.dead & found.known & inside).sum()) if len(whole) >= FEW else 0
 
 
 @reward_clip_or_scale_destroys.fault("scores clipped to a hundredth")
