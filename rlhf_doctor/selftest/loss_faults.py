@@ -37,6 +37,7 @@ __all__ = [
     "sample_in_bfloat16",
     "smaller_value_loss",
     "spread_of_scores",
+    "towards_advantages",
     "training_on_the_batch_before",
     "turned",
     "unclipped",
@@ -186,6 +187,11 @@ def around_return(v: Tensor, old_v: Tensor, returns: Tensor, *rest: Any) -> Tens
     mask, epsilon, count = (*rest, None)[:3]
     clipped = v.clamp(returns - epsilon, returns + epsilon)
     return ops.masked_mean((clipped - returns).square(), mask, count) / 2
+
+
+def towards_advantages(v: Tensor, old_v: Tensor, returns: Tensor, *rest: Any) -> Tensor:
+    """The advantage stands where the return is meant."""
+    return ops.clipped_value_loss(v, old_v, returns - old_v, *rest)
 
 
 def smaller_value_loss(

@@ -238,6 +238,9 @@ def discount(traced: Traced, of: str) -> Discount:
     largest = max((np.abs(row.gain).max(initial=0.0) for row in rows), default=0.0)
     for row in rows:  # a score that something else takes the place of shows what the others' do to its rewards
         ratios = _ratios(row.gain) if np.abs(row.gain).max(initial=0.0) > OWN * largest else []
+        apart = _ratios(-np.diff(row.gain)) if len(ratios) > 3 and np.ptp(ratios) > 10 * PRECISE else []
+        if len(apart) > 2 and np.ptp(apart) < 10 * PRECISE:  # every token has a share of the score
+            ratios = apart
         if not shared or (len(ratios) > 2 and np.ptp(ratios) < GEOMETRIC):  # normalised, it may have moved every reward
             products += ratios
     values = [row for row in value_gains(traced, of) if row.at >= 1]

@@ -247,6 +247,7 @@ class Recorder(TorchFunctionMode):
         self._scored: set[bytes] = set()  # texts that the policy was seen to score
         for role in MODEL_ROLES:
             self._learn(role)
+        self._climbed = {role for optimizer in setup.optimizers for role in self._maximised(optimizer)}
 
     # ---- what belongs to whom ----------------------------------------------------------------------------------
 
@@ -532,8 +533,14 @@ class Recorder(TorchFunctionMode):
             self._scored |= rows
         return True
 
+    def _maximised(self, optimizer: Any) -> set[Role]:
+        """Roles whose loss an optimizer climbs: it is read as minus that loss, descended."""
+        groups = [group for group in getattr(optimizer, "param_groups", ()) if group.get("maximize")]
+        return set[Role]().union(*(self._owners.get(id(p), set()) for group in groups for p in group["params"]))
+
     def _reduce_gradient(self, call: Call, gradient: Tensor) -> None:
         kept = call.gradient
+        gradient = -gradient if call.role in self._climbed else gradient
         if call.role not in ("policy", "reference"):
             flat = gradient.reshape(-1)
             if flat.numel() == len(call.rows):

@@ -49,7 +49,8 @@ def value_not_used_as_baseline(traced: Traced) -> Iterator[Finding]:
         raise Unavailable("needs a critic: critic-free algorithms have another baseline")
     seen = advantage.baseline(traced)
     if seen is None:
-        raise Unavailable("needs a changed rollout value and a changed score, and what they do to the policy")
+        yield from _of_one_pass(traced)
+        return
     own, score, response, elsewhere = seen
     if abs(own) > 0.02 * abs(score) or elsewhere:
         return
@@ -67,6 +68,35 @@ def value_not_used_as_baseline(traced: Traced) -> Iterator[Finding]:
                 f"{own / score:.3g}",
                 "0.02 around 0 is nothing",
                 where=f"sample {response.sample}, u = {response.at}",
+            ),
+        ),
+    )
+
+
+def _of_one_pass(traced: Traced) -> Iterator[Finding]:
+    """Where values are computed in the update alone, as in A2C: whether they move the policy's weights."""
+    import numpy as np
+
+    from rlhf_doctor.trace import advantage
+
+    pushed, base = traced.experiments.done.get("update values"), traced.base
+    if pushed is None or base.has("old_value") or not base.has("weight"):
+        raise Unavailable("needs a changed rollout value and a changed score, and what they do to the policy")
+    share = advantage.moved_share(traced, "update values")
+    if share.max(initial=0.0) > advantage.STILL:
+        return
+    yield Finding(
+        "Changing the critic's values changes no advantage: the critic is not the policy's baseline. Train the policy "
+        "with the return less the value of the state, detached.",
+        role="loop",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                "move of the policy's weights with all values, of the largest weight",
+                "other than 0",
+                f"{share.max(initial=0.0):.2g}",
+                f"{advantage.STILL:g}",
+                where=f"{int(np.isfinite(base['weight'][base.real]).sum())} response tokens",
             ),
         ),
     )

@@ -28,8 +28,9 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
     What it examines:
         The gradient at the critic's output for every response token. It must not be 0 everywhere, or at most tokens; it
         must grow when the value is raised; and with values moved in the update past their clip, those that left
-        their return must be pulled back. Where the policy is not trained with return - value: whether the return is a
-        line of that advantage and of the value, with another factor than 1 before the value.
+        their return must be pulled back. A return does not answer to the rollout's value of its own state. Where the
+        policy is not trained with return - value: whether the return is a line of that advantage and of the value,
+        with another factor than 1 before the value.
 
     Why it matters:
         A critic that is not trained, or trained away from the returns, gives advantages that are mostly noise. The
@@ -105,6 +106,12 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
                 f"few or none of {disturbed.clip.away}",
             ),
         )
+    elif (falls := _own_values(traced)) is not None:
+        yield _finding(
+            "The critic is trained towards the advantages and not towards the returns: where the rollout's value is "
+            "raised by 1, its own target falls by 1. The target should be advantage + value.",
+            ("move of a state's target with the rollout's value of that state", "0", f"{falls:.3g}"),
+        )
     elif (scales := scales_apart(traced)) is not None:
         yield _finding(
             "The critic's targets are on another scale than the values that are taken off for the advantages: a unit "
@@ -117,6 +124,15 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
                 "targets' range)",
             ),
         )
+
+
+def _own_values(traced: Traced) -> float | None:
+    """What a unit of the rollout's value takes off its own target, where it takes off a unit in every row."""
+    from rlhf_doctor.trace import advantage
+
+    own = [float(row.gain[row.at]) for row in advantage.value_gains(traced, "target")]
+    whole = len(own) > 1 and all(abs(x + 1) < 5 * advantage.PRECISE for x in own)
+    return sum(own) / len(own) if whole else None
 
 
 def _left_out(traced: Traced, setup: Any) -> Iterator[Finding]:
@@ -148,6 +164,13 @@ def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import loss_faults
 
     return loss_faults.reference_step(healthy, parts={"value_loss": loss_faults.zero})
+
+
+@value_loss_wrong.fault("the targets are the advantages")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import loss_faults
+
+    return loss_faults.reference_step(healthy, parts={"value_loss": loss_faults.towards_advantages})
 
 
 @value_loss_wrong.fault("values run away from their returns")
