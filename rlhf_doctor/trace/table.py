@@ -218,6 +218,32 @@ def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[i
     return found
 
 
+def _with_one_word(
+    episodes: list[list[Call]], rest: list[Call], special: Special
+) -> tuple[list[list[Call]], list[Call]]:
+    """Episodes of a single pass too, whose every row is trained on with one more token; other passes stay as they are.
+
+    Loops that draw one response after another see a single pass where the first token ends it.
+    """
+    last = max((e[-1].order for e in episodes), default=-1)
+    trained = {row[:-1] for c in rest if c.role == "policy" and c.backwards for row in _texts(c, special)}
+    singles = [c for c in rest if c.role == "policy" and not c.with_grad and not c.pooled and c.order <= last]
+    singles = [c for c in singles if all(c is not e[-1] for e in episodes) and trained.issuperset(_texts(c, special))]
+    known = {s.tokens for e in episodes for s in generated(e, special)}
+    singles = [c for c in singles if not known.intersection(_texts(c, special))]
+    found = sorted([*episodes, *([c] for c in singles)], key=lambda e: e[0].order)
+    return found, [c for c in rest if all(c is not single for single in singles)]
+
+
+def _texts(call: Call, special: Special) -> list[tuple[int, ...]]:
+    """The rows of a call without what is masked, or without pads."""
+    ids = call.ids.cpu().numpy()
+    mask = call.source.mask
+    kept = mask.cpu().numpy().astype(bool) if mask is not None and tuple(mask.shape) == ids.shape else None
+    rows = [_stripped(row, special.pad) if kept is None else row[kept[b]] for b, row in enumerate(ids)]
+    return [tuple(map(int, row)) for row in rows]
+
+
 def without_filler(tokens: tuple[int, ...], pad: int | None) -> tuple[int, ...]:
     """Tokens without the run of pads at their end, as a row has them that reached its limit before others did."""
     last = _without_pads(tokens, pad)
@@ -468,6 +494,7 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     sampling = {id(c.source) for episode in episodes for c in episode} - kept
     rest = [c for c in rest if id(c.source) not in sampling]  # a second head of the sampling model
     special = special.and_stops(row for episode in episodes for row in _fed([c.ids.cpu().numpy() for c in episode]))
+    episodes, rest = _with_one_word(episodes, rest, special)
     if samples is None:
         prompts = _encoded_prompts(setup)
         samples = [s for episode in episodes for s in generated(episode, special, prompts)]
