@@ -457,7 +457,7 @@ def _trained(call: Call) -> dict[int, int]:
     if gradient is None or len(gradient) != len(call.given[0] if call.given else call.rows):
         return {}
     rows, columns = call.rows.cpu().numpy(), call.columns.cpu().numpy()
-    at = (gradient.cpu().numpy() != 0) & (columns >= 0)
+    at = (gradient != 0).cpu().numpy() & (columns >= 0)
     return {int(b): int(columns[at & (rows == b)].min()) + 1 for b in np.unique(rows[at])}
 
 
