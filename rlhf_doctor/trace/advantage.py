@@ -40,6 +40,7 @@ __all__ = [
     "critic_free",
     "crossed",
     "discount",
+    "entry",
     "follows",
     "kl_part",
     "leaks",
@@ -296,7 +297,7 @@ def placement(traced: Traced, declared: float | None) -> Placement:
         for x in _ratios(row.gain[: row.at])
     ]
     decay = float(np.median(ahead)) if ahead else declared
-    found = [(row, *_entry(row.gain / (np.abs(row.gain).max() or 1.0) if critic_free(traced) else row.gain, decay))
+    found = [(row, *entry(row.gain / (np.abs(row.gain).max() or 1.0) if critic_free(traced) else row.gain, decay))
              for row in rows]  # fmt: skip
     for row, kind, offset in found:
         if kind in ("early", "spread"):
@@ -316,7 +317,7 @@ def placement(traced: Traced, declared: float | None) -> Placement:
     return Placement("last" if set(lengths) == {"last"} else "unknown", 0, first.sample, first.gain)
 
 
-def _entry(gain: Floats, decay: float | None) -> tuple[str, int]:
+def entry(gain: Floats, decay: float | None) -> tuple[str, int]:
     """(kind, tokens from the last one to where the score enters): gain_t = Σ_l decay^l entry_(t+l)."""
     size, last = float(np.abs(gain).max()), len(gain) - 1
     if size < NOTHING:

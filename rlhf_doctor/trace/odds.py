@@ -59,20 +59,29 @@ def heat(drawing: Drawing) -> Heat:
     """Compare the drawn tokens' likelihood at temperatures around the declared one; draws more where it is close."""
     scored = drawing.first.table.temperature
     others = [t for t in dict.fromkeys((*drawing.temperatures, 1.0)) if not math.isclose(t, scored)]
-    sums, seen = dict.fromkeys(others, 0.0), list(drawing.steps)
+    sums, seen = dict.fromkeys(others, 0.0), list[Drawn]()
     for step in drawing.steps:
-        _add(sums, step)
+        if not _drawn_before(step, seen):
+            _add(sums, step)
+            seen.append(step)
     extra = 0
     while OPEN < _mean_odds(sums) < ALARM and extra < MORE:
         extra += 1
         more = drawing.again(extra)
-        if more is None:
+        if more is None or _drawn_before(more, seen):
             break
         _add(sums, more)
         seen.append(more)
     best = max(sums, key=lambda t: sums[t])
     surprise, entropy, tokens = _surprise(seen)
     return Heat(_mean_odds(sums), best, tokens, surprise, entropy)
+
+
+def _drawn_before(step: Drawn, seen: Sequence[Drawn]) -> bool:
+    """Whether most responses are those of an earlier step once more: draws that are repeated are no new evidence."""
+    texts = [{s.tokens for s in one.table.samples} for one in seen]
+    mine = [s.tokens for s in step.table.samples]
+    return any(sum(tokens in known for tokens in mine) > len(mine) / 2 for known in texts)
 
 
 def _add(sums: dict[float, float], step: Drawn) -> None:

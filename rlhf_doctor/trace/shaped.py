@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Unit", "kl_in_loss", "lost_scores", "of_scores", "shaped_kl", "shaped_leak"]
+__all__ = ["Unit", "kl_in_loss", "lost_scores", "of_scores", "own_moves", "shaped_kl", "shaped_leak"]
 
 BASELINES = ("none", "batch", "group", "discounted")
 SAME = 3e-3  # of the moved weights: a simpler rule that leaves no more than this is taken
@@ -77,7 +77,8 @@ def of_scores(traced: Traced) -> Unit | None:
     one, base = traced.experiments.done.get("one score"), traced.base
     if one is None or not base.has("weight") or one.touched.sum() != 1:
         return None
-    gamma = _gamma(traced, one, int(np.flatnonzero(one.touched)[0]))
+    moved = own_moves(traced)
+    gamma = None if moved is None else _ratio(moved)
     if gamma is None:
         return None
     x = _reach(base, gamma) * one.amounts[:, None]
@@ -138,9 +139,12 @@ def lost_scores(traced: Traced) -> Bools | None:
     return short if left[1] < CLOSE < left[0] else None
 
 
-def _gamma(traced: Traced, one: Experiment, row: int) -> float | None:
-    """The ratio of neighbouring tokens' moves in the changed row; with a whitened batch, less what moves every row."""
-    base = traced.base
+def own_moves(traced: Traced) -> Floats | None:
+    """How the weights of the one changed response moved, (L,); with a whitened batch, less what moves every row."""
+    one, base = traced.experiments.done.get("one score"), traced.base
+    if one is None or not base.has("weight") or one.touched.sum() != 1:
+        return None
+    row = int(np.flatnonzero(one.touched)[0])
     was, now = (t["weight"][row, : base.real[row].sum()] for t in (base, one.table))
     windows = base.windows.get("policy", np.zeros(len(one.touched)))
     others = np.flatnonzero(~one.touched & trusted(traced) & (windows == windows[row]))
@@ -150,16 +154,18 @@ def _gamma(traced: Traced, one: Experiment, row: int) -> float | None:
     if len(x) > 2 and np.ptp(x) and (x != y).any():
         slope, shift = np.polyfit(x, y, 1)
         if slope and np.abs(slope * x + shift - y).max() < SAME * np.abs(y - x).max():
-            return _ratio((now - shift) / slope - was)
-    return _ratio(now - was)
+            return np.asarray((now - shift) / slope - was)
+    return np.asarray(now - was)
 
 
 def _ratio(moved: Floats) -> float | None:
-    """γ of a geometric series, 1 where all are alike; else None."""
+    """γ of a geometric series: 1 where all are alike, 0 where the last one alone moves; None where it is none."""
     if len(moved) < 2 or not np.isfinite(moved).all() or not np.abs(moved).max():
         return None
     if np.ptp(moved) < CLOSE * np.abs(moved).max():
         return 1.0
+    if np.abs(moved[:-1]).max() < SAME * abs(moved[-1]):
+        return 0.0
     good = np.abs(moved[1:]) > 0.05 * np.abs(moved).max()
     ratios = moved[:-1][good] / moved[1:][good]
     alike = len(ratios) > 1 and np.ptp(ratios) < CLOSE and 0 < np.median(ratios) < 1

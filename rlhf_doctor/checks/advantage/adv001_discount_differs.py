@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_doctor.check import check
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
+from rlhf_doctor.instruments.algorithms import plain_name
 from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.instruments.tracing import Traced
 
@@ -59,7 +60,7 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
     if gamma is None and lam is None:
         raise Unavailable("needs gamma and lam to be declared")
     if advantage.critic_free(traced):
-        yield from _without_a_critic(traced, gamma)
+        yield from _without_a_critic(traced, gamma, plain_name(setup.declared.get("algorithm")))
         return
     if not advantage.follows(traced.recovered):
         other = rates_apart(traced, setup.declared)
@@ -104,13 +105,14 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
     )
 
 
-def _without_a_critic(traced: Traced, gamma: float | None) -> Iterator[Finding]:
-    """A score reaches all tokens of its response alike, or those before the last one discounted."""
+def _without_a_critic(traced: Traced, gamma: float | None, algorithm: str) -> Iterator[Finding]:
+    """A score reaches all tokens of its response alike, or those before the last one discounted, as in REINFORCE++."""
     from rlhf_doctor.trace import advantage
     from rlhf_doctor.trace.shaped import of_scores
 
     unit = of_scores(traced)
-    if gamma is None or unit is None or (unit.gamma == 1 and gamma != 1):
+    whole = unit is not None and unit.gamma == 1 and not algorithm.startswith("reinforce")
+    if gamma is None or unit is None or (whole and gamma != 1):
         raise Unavailable("needs a critic, or advantages without one that are sums of rewards from a token on")
     tolerance = 2 * advantage.PRECISE
     if abs(unit.gamma - gamma) > tolerance:

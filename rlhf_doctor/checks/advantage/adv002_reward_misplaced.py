@@ -60,7 +60,7 @@ def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
     declared = None if gamma is None or lam is None else gamma * lam
     found = advantage.placement(traced, declared)
     if advantage.critic_free(traced) and found.kind in ("last", "unknown"):
-        found = _lost(traced) or found
+        found = _lost(traced) or _spread(traced, declared) or found
     if found.kind == "last":
         return
     if found.kind == "unknown":
@@ -111,6 +111,19 @@ def _lost(traced: Traced) -> Placement | None:
     lengths = traced.base.real.sum(1)
     sample = int(short.argmax())
     return Placement("lost", 0, sample, np.zeros(lengths[sample]), int(lengths.max()))
+
+
+def _spread(traced: Traced, decay: float | None) -> Placement | None:
+    """Without a critic, scores on every token of a batch that is whitened afterwards."""
+    from rlhf_doctor.trace.advantage import Placement, entry
+    from rlhf_doctor.trace.shaped import own_moves
+
+    moved = own_moves(traced)
+    if moved is None or not len(moved) or not abs(moved).max() > 0:
+        return None
+    gain = moved / abs(moved).max()
+    row = int(traced.experiments.done["one score"].touched.argmax())
+    return Placement("spread", 0, row, gain) if entry(gain, decay)[0] == "spread" else None
 
 
 @reward_misplaced.fault("the score in the last column of the batch")

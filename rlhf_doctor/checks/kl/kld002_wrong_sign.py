@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @check(
     "KLD002", "divergence from the reference is penalised", stage=Stage.TRACE, severity=Severity.ERROR,
-    after=("REF005", "REF006"),
+    after=("REF005", "REF006", "VAL010"),
 )  # fmt: skip
 def kl_wrong_sign(kl_terms: Divergence, setup: Any) -> Iterator[Finding]:
     """
