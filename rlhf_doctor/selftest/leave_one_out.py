@@ -45,7 +45,7 @@ class Returns:
         """Advantages, (B, T)."""
         grouped = scores.view(PROMPTS, SIZE)
         alone = (SIZE * grouped - grouped.sum(1, keepdim=True)).flatten() / (SIZE - 1)
-        rewards = -COEFFICIENT * getattr(ops, self.estimator)(old, ref)
+        rewards: Tensor = -COEFFICIENT * getattr(ops, self.estimator)(old, ref)
         rewards = rewards.masked_fill(~where, 0) if self.masked else rewards
         if self.whole:
             return (alone + rewards.sum(1))[:, None].expand_as(rewards)

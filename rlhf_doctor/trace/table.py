@@ -225,9 +225,9 @@ def _with_one_word(
 
     Loops that draw one response after another see a single pass where the first token ends it.
     """
-    last = max((e[-1].order for e in episodes), default=-1)
+    update = min((c.order for c in rest if c.role == "policy" and c.with_grad), default=math.inf)
     trained = {row[:-1] for c in rest if c.role == "policy" and c.backwards for row in _texts(c, special)}
-    singles = [c for c in rest if c.role == "policy" and not c.with_grad and not c.pooled and c.order <= last]
+    singles = [c for c in rest if c.role == "policy" and not c.with_grad and not c.pooled and c.order < update]
     singles = [c for c in singles if all(c is not e[-1] for e in episodes) and trained.issuperset(_texts(c, special))]
     known = {s.tokens for e in episodes for s in generated(e, special)}
     singles = [c for c in singles if not known.intersection(_texts(c, special))]
