@@ -18,7 +18,7 @@ from rlhf_doctor.facts import Broken
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.setups import RLHFSetup
 from rlhf_doctor.trace.runs import Run
-from rlhf_doctor.trace.table import _continues
+from rlhf_doctor.trace.samples import continues
 from rlhf_doctor.trace.taps import Call, Enough, Recorder, nearby
 from rlhf_doctor.trace.watched import watched
 
@@ -196,7 +196,7 @@ class _Watcher(Recorder):
         if any(c.role == "reward" for c in calls) or any(start < t.order <= end for t in self.texts):
             return True
         drawing = [c for c in calls if c.role == "policy" and not c.with_grad and not c.pooled]
-        return any(_continues([a], b) for a, b in pairwise(drawing))
+        return any(continues([a], b) for a, b in pairwise(drawing))
 
     def finish(self) -> None:
         """Nothing is recorded from here on."""

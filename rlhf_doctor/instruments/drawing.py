@@ -117,13 +117,14 @@ def _by(drawn: Drawn, role: Role = "policy") -> str:
 def _drawn(run: Run, setup: Any, temperature: float, table: Table | None = None, held: bool = False) -> Drawn:
     """A step's responses; laid out by the texts trained on where those are not what was seen to be drawn."""
     from rlhf_doctor.trace.draws import draws
-    from rlhf_doctor.trace.table import Special, _from_rows, split_generation, tabulate
+    from rlhf_doctor.trace.samples import Special, from_rows, split_generation
+    from rlhf_doctor.trace.table import tabulate
 
     special = Special.of(setup)
     table = table or tabulate(run, setup, temperature)
     made = draws(run, table, special, held=held)
     if all(made.lost[name] >= made.placed[name] for name in ("old", "new")):
-        samples = _from_rows(split_generation(run.calls)[1], setup, special)
+        samples = from_rows(split_generation(run.calls)[1], setup, special)
         table = tabulate(run, setup, temperature, samples=samples)
         made = draws(run, table, special, held=held)
     return Drawn(table, run, made)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["half", "mean_left_in", "mixed", "own_group", "setup", "whole_batch"]
+__all__ = ["PROMPTS", "SIZE", "critic_free", "half", "mean_left_in", "mixed", "own_group", "setup", "whole_batch"]
 
 PROMPTS, SIZE, LENGTH = 4, 4, 10
 Relative = Callable[["Tensor"], "Tensor"]
@@ -22,6 +22,29 @@ Relative = Callable[["Tensor"], "Tensor"]
 
 def setup(healthy: RLHFSetup, relative: Relative) -> RLHFSetup:
     """The healthy policy, reference and reward in a GRPO step whose advantages are relative(scores), (B,) -> (B,)."""
+
+    def advantages(scores: Tensor, old: Tensor, ref: Tensor, where: Tensor) -> Tensor:
+        return relative(scores)[:, None].expand_as(old)
+
+    return critic_free(
+        healthy, advantages, in_the_loss=0.04, algorithm="grpo", kl_coef=0.04, kl_in="loss", kl_estimator="k3"
+    )
+
+
+def critic_free(
+    healthy: RLHFSetup,
+    advantages: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    in_the_loss: float,
+    **declared: Any,
+) -> RLHFSetup:
+    """The healthy policy, reference and reward in a step without a critic.
+
+    Args:
+        healthy: the setup.
+        advantages: of scores (B,), log-probabilities of policy and reference (B, T), and the mask -> (B, T).
+        in_the_loss: coefficient of a k3 term there.
+        declared: beside what every such step declares.
+    """
     policy, reference, reward = (healthy.model(role) for role in ("policy", "reference", "reward"))
     tokenizer, prompts = healthy.tokenizer, list(healthy.prompts or ())
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-4)
@@ -30,28 +53,29 @@ def setup(healthy: RLHFSetup, relative: Relative) -> RLHFSetup:
         drawn = [prompts[i] for i in torch.randperm(len(prompts))[:PROMPTS].tolist() for _ in range(SIZE)]
         ids, mask = rollout.encode_prompts(tokenizer, drawn)
         special = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-        drawn_texts = rollout.sample(policy, ids, mask, T=LENGTH, temperature=1.0, **special)
-        where = drawn_texts.mask
+        texts = rollout.sample(policy, ids, mask, T=LENGTH, temperature=1.0, **special)
+        where = texts.mask
 
         def logp(model: Any) -> Tensor:
-            return roles.response_logprobs(model, drawn_texts.ids, drawn_texts.attention_mask, where.shape[1], 1.0)
+            return roles.response_logprobs(model, texts.ids, texts.attention_mask, where.shape[1], 1.0)
 
         with torch.no_grad():
-            advantages = relative(rollout.score(reward, drawn_texts, missing_eos_penalty=1.0))
             old, ref = logp(policy), logp(reference)
+            given = advantages(rollout.score(reward, texts, missing_eos_penalty=1.0), old, ref, where)
         optimizer.zero_grad()
         new = logp(policy)
-        loss = ops.clipped_policy_loss(new, old, advantages[:, None].expand_as(new), where, 0.2)
-        loss = loss + 0.04 * ops.masked_mean(ops.k3(new, ref), where)
+        loss = ops.clipped_policy_loss(new, old, given, where, 0.2)
+        if in_the_loss:
+            loss = loss + in_the_loss * ops.masked_mean(ops.k3(new, ref), where)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return float(loss.detach())
 
-    declared = {
-        "algorithm": "grpo", "group_size": SIZE, "kl_coef": 0.04, "kl_in": "loss", "kl_estimator": "k3",
-        "temperature": 1.0, "clip_range": 0.2, "ppo_epochs": 1, "num_minibatches": 1, "loss_aggregation": "token-mean",
+    said = {
+        "group_size": SIZE, "temperature": 1.0, "clip_range": 0.2, "ppo_epochs": 1, "num_minibatches": 1,
+        "loss_aggregation": "token-mean", **declared,
     }  # fmt: skip
-    return healthy.but(value=None, step=step, optimizers=[optimizer], state=[], declared=declared)
+    return healthy.but(value=None, step=step, optimizers=[optimizer], state=[], declared=said)
 
 
 def _normal(grouped: Tensor, dim: int) -> Tensor:

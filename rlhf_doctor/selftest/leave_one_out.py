@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from reference_impl import ops, roles, rollout
+from reference_impl import ops
+from rlhf_doctor.selftest.group_loop import PROMPTS, SIZE, critic_free
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Returns", "setup"]
 
-PROMPTS, SIZE, LENGTH, COEFFICIENT = 4, 4, 10, 0.05
+COEFFICIENT = 0.05
 
 
 @dataclass(frozen=True)
@@ -62,35 +63,5 @@ class Returns:
 
 def setup(healthy: RLHFSetup, returns: Returns, **declared: Any) -> RLHFSetup:
     """The healthy policy, reference and reward in a step with these returns."""
-    policy, reference, reward = (healthy.model(role) for role in ("policy", "reference", "reward"))
-    tokenizer, prompts = healthy.tokenizer, list(healthy.prompts or ())
-    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-4)
-
-    def step() -> float:
-        drawn = [prompts[i] for i in torch.randperm(len(prompts))[:PROMPTS].tolist() for _ in range(SIZE)]
-        ids, mask = rollout.encode_prompts(tokenizer, drawn)
-        special = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-        texts = rollout.sample(policy, ids, mask, T=LENGTH, temperature=1.0, **special)
-        where = texts.mask
-
-        def logp(model: Any) -> Tensor:
-            return roles.response_logprobs(model, texts.ids, texts.attention_mask, where.shape[1], 1.0)
-
-        with torch.no_grad():
-            old, ref = logp(policy), logp(reference)
-            advantages = returns(rollout.score(reward, texts, missing_eos_penalty=1.0), old, ref, where)
-        optimizer.zero_grad()
-        new = logp(policy)
-        loss = ops.clipped_policy_loss(new, old, advantages, where, 0.2)
-        if returns.in_the_loss:
-            loss = loss + returns.in_the_loss * ops.masked_mean(ops.k3(new, ref), where)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        return float(loss.detach())
-
-    said = {
-        "algorithm": "rloo", "group_size": SIZE, "kl_coef": COEFFICIENT, "kl_in": "reward", "kl_estimator": "k1",
-        "gamma": 1.0, "temperature": 1.0, "clip_range": 0.2, "ppo_epochs": 1, "num_minibatches": 1,
-        "loss_aggregation": "token-mean", **declared,
-    }  # fmt: skip
-    return healthy.but(value=None, step=step, optimizers=[optimizer], state=[], declared=said)
+    said = {"algorithm": "rloo", "kl_coef": COEFFICIENT, "kl_in": "reward", "kl_estimator": "k1", "gamma": 1.0}
+    return critic_free(healthy, returns, returns.in_the_loss, **{**said, **declared})

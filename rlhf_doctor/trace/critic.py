@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlhf_doctor.trace.interventions import Experiments
-    from rlhf_doctor.trace.table import Placed, Table
+    from rlhf_doctor.trace.places import Placed
+    from rlhf_doctor.trace.table import Table
 
     Floats = NDArray[np.float64]
 

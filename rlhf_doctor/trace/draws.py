@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from rlhf_doctor.finding import Role
+from rlhf_doctor.trace.places import Placed, Places, place
 from rlhf_doctor.trace.runs import Run
 from rlhf_doctor.trace.sampler import bend_of
-from rlhf_doctor.trace.table import Placed, Places, Special, Table, _logp, _place, rest_of, without_filler
+from rlhf_doctor.trace.samples import Special, rest_of, without_filler
+from rlhf_doctor.trace.table import Table, _logp
 from rlhf_doctor.trace.taps import Call
 
 if TYPE_CHECKING:
@@ -364,7 +366,7 @@ def _passes(
         moved = first is not None and call.weights is not None and not torch.equal(first, call.weights)
         if moved or (call.window > window and not held):
             continue
-        placed = _place(call, places, used[update])
+        placed = place(call, places, used[update])
         found = placed.row_sample[placed.row_sample >= 0]
         made.copies += 0 if update else len(found) - len(set(found.tolist()))
         made.lost["new" if update else "old"] += int((placed.row_sample < 0).sum())

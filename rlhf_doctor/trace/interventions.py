@@ -11,9 +11,10 @@ import numpy as np
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.trace import changes
 from rlhf_doctor.trace.keep import Snapshot
+from rlhf_doctor.trace.places import Placed
 from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.spans import left_out
-from rlhf_doctor.trace.table import Placed, Table, tabulate
+from rlhf_doctor.trace.table import Table, tabulate
 from rlhf_doctor.trace.taps import Change, nearby
 
 if TYPE_CHECKING:

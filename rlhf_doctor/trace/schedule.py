@@ -12,8 +12,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from rlhf_doctor.trace.places import Placed
     from rlhf_doctor.trace.runs import Run
-    from rlhf_doctor.trace.table import Placed, Table
+    from rlhf_doctor.trace.table import Table
 
 __all__ = ["Schedule", "greedy", "passes", "schedule", "trained_again", "updates"]
 

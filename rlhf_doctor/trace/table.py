@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,18 @@ import numpy as np
 import torch
 
 from rlhf_doctor.finding import Role
+from rlhf_doctor.trace.places import Placed, Places, complete_samples, place
 from rlhf_doctor.trace.runs import Run
+from rlhf_doctor.trace.samples import (
+    Sample,
+    Special,
+    encoded_prompts,
+    fed_tokens,
+    from_rows,
+    generated,
+    split_generation,
+    with_one_word,
+)
 from rlhf_doctor.trace.taps import CANDIDATES, Call
 
 if TYPE_CHECKING:
@@ -26,84 +36,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Ints = NDArray[np.int64]
 
-__all__ = ["Placed", "Sample", "Special", "Table", "rest_of", "tabulate", "without_filler"]
+__all__ = ["Table", "tabulate"]
 
 NEXT = CANDIDATES.index(1)
-RUN = 2  # pads in a row after which a response has surely ended; one may have been drawn
-
-
-@dataclass(frozen=True)
-class Special:
-    """Token ids with a meaning of their own."""
-
-    pad: int | None
-    eos: frozenset[int]
-
-    @classmethod
-    def of(cls, setup: RLHFSetup) -> Special:
-        """As the tokenizer, the policy's config and its generation config have them."""
-        tokenizer, policy = setup.tokenizer, setup.policy
-        eos: set[int] = set()
-        for holder in (tokenizer, getattr(policy, "generation_config", None), getattr(policy, "config", None)):
-            given = getattr(holder, "eos_token_id", None)
-            eos |= set(given) if isinstance(given, (list, tuple)) else {given} if isinstance(given, int) else set()
-        pad = getattr(tokenizer, "pad_token_id", None)
-        if pad is None:
-            pad = getattr(getattr(policy, "config", None), "pad_token_id", None)
-        return cls(pad if isinstance(pad, int) else None, frozenset(eos))
-
-    def and_stops(self, drawn: Iterable[Sequence[int]]) -> Special:
-        """With the words that sampling was seen to stop at: nothing but padding ever follows them.
-
-        Where padding is drawn like other tokens, nothing can be told.
-        """
-        ends, goes_on = set[int](), set[int]()
-        for row in drawn:
-            tokens = [int(t) for t in row if t >= 0]
-            last = _without_pads(tokens, self.pad)
-            if len(tokens) - last >= RUN and last:
-                ends.add(tokens[last - 1])
-            goes_on |= set(tokens[: max(last - 1, 0)])
-        if self.pad is None or self.pad in self.eos or self.pad in goes_on:
-            return self
-        return Special(self.pad, self.eos | (ends - goes_on))
-
-
-@dataclass
-class Sample:
-    """A prompt and the response to it, as ids; ``complete`` says whether the last token is known."""
-
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
-    ended: bool
-    complete: bool
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """Prompt and response."""
-        return self.prompt + self.response
-
-    def follows(self, other: Sample) -> bool:
-        """Whether this is a later turn: its prompt begins with the other's whole text."""
-        length = len(other.prompt) + len(other.response)
-        return 0 < len(other.prompt) < length <= len(self.prompt) and self.prompt[:length] == other.tokens
-
-
-@dataclass
-class Placed:
-    """A call whose rows were found among the samples.
-
-    ``sample`` and ``state`` (N,) say for every output row whose it is and which response token it comes before: state
-    t precedes token t; -1 where the row belongs to no sample. ``altered`` counts rows of ids that fit a sample's
-    prompt and no sample's response.
-    """
-
-    call: Call
-    sample: Ints
-    state: Ints
-    starts: dict[int, int]  # sample -> column of its first token
-    row_sample: Ints  # (B,)
-    altered: int = 0
 
 
 @dataclass
@@ -146,337 +81,6 @@ class Table:
         return name in self.fields and bool(np.isfinite(self.fields[name]).any())
 
 
-# ---- samples ---------------------------------------------------------------------------------------------------------
-
-
-def split_generation(calls: Sequence[Call]) -> tuple[list[list[Call]], list[Call]]:
-    """(episodes of generation, the rest): the policy's calls without gradient that gain one token each.
-
-    Without a cache the last of them may as well be the first pass over the finished text: it is in both.
-    """
-    episodes: list[list[Call]] = []
-    current: list[Call] = []
-    rest: list[Call] = []
-    others = sorted(c.order for c in calls if c.role in ("reward", "reference"))
-
-    def close() -> None:
-        nonlocal current
-        if len(current) > 1:
-            episodes.append(current)
-            if current[-1].ids.shape[1] > 1:
-                rest.append(current[-1])
-        else:
-            rest.extend(current)
-        current = []
-
-    for call in sorted((c for c in calls if c.role == "policy"), key=lambda c: c.order):
-        if call.with_grad or call.pooled:
-            close()
-            rest.append(call)
-            continue
-        if current and (any(current[-1].order < o < call.order for o in others) or not _continues(current, call)):
-            close()
-        current.append(call)
-    close()
-    rest += [c for c in calls if c.role != "policy"]
-    return episodes, sorted(rest, key=lambda c: c.order)
-
-
-def _continues(chain: Sequence[Call], call: Call) -> bool:
-    a, b = chain[-1].ids, call.ids
-    if a.shape[0] != b.shape[0]:
-        return False
-    if b.shape[1] == 1:  # a word beside a cache; after whole texts that grew, another prompt of one word
-        return len(chain) == 1 or a.shape[1] == 1
-    if a.shape[1] == 0 or b.shape[1] - a.shape[1] not in (0, 1):
-        return False
-    changed = (a != b[:, : a.shape[1]]).sum(1)
-    if b.shape == a.shape:  # a buffer that is filled in
-        return bool((changed <= 1).all() and changed.any())
-    return bool((changed <= 1).all() and (changed == 0).any())  # the longest rows grow by a column
-
-
-def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[int, ...]] = ()) -> list[Sample]:
-    """The samples of one episode; the last token drawn is not seen by the model and known later.
-
-    Loops that begin with the shortest prompt feed the rest of the others where tokens are drawn; ``known`` are whole.
-    """
-    first = episode[0]
-    start = first.ids.cpu().numpy()
-    fed = _fed([c.ids.cpu().numpy() for c in episode])
-    mask = first.source.mask
-    kept = None
-    if mask is not None and mask.shape[0] == start.shape[0] and mask.shape[1] >= start.shape[1]:
-        kept = mask.cpu().numpy()[:, : start.shape[1]].astype(bool)
-    found = []
-    for b, row in enumerate(start):
-        prompt = row[kept[b]] if kept is not None and kept[b].any() else _stripped(row, special.pad)
-        given = rest_of(tuple(map(int, prompt)), fed[b], known)
-        response, ended = _until_end(fed[b][given:], special.eos)
-        whole = response if ended else without_filler(response, special.pad)
-        found.append(Sample((*map(int, prompt), *fed[b][:given]), whole, ended, ended or whole != response))
-    return found
-
-
-def _with_one_word(
-    episodes: list[list[Call]], rest: list[Call], special: Special
-) -> tuple[list[list[Call]], list[Call]]:
-    """Episodes of a single pass too, whose every row is trained on with one more token; other passes stay as they are.
-
-    Loops that draw one response after another see a single pass where the first token ends it.
-    """
-    update = min((c.order for c in rest if c.role == "policy" and c.with_grad), default=math.inf)
-    trained = {row[:-1] for c in rest if c.role == "policy" and c.backwards for row in _texts(c, special)}
-    singles = [c for c in rest if c.role == "policy" and not c.with_grad and not c.pooled and c.order < update]
-    singles = [c for c in singles if all(c is not e[-1] for e in episodes) and trained.issuperset(_texts(c, special))]
-    known = {s.tokens for e in episodes for s in generated(e, special)}
-    singles = [c for c in singles if not known.intersection(_texts(c, special))]
-    found = sorted([*episodes, *([c] for c in singles)], key=lambda e: e[0].order)
-    return found, [c for c in rest if all(c is not single for single in singles)]
-
-
-def _texts(call: Call, special: Special) -> list[tuple[int, ...]]:
-    """The rows of a call without what is masked, or without pads."""
-    ids = call.ids.cpu().numpy()
-    mask = call.source.mask
-    kept = mask.cpu().numpy().astype(bool) if mask is not None and tuple(mask.shape) == ids.shape else None
-    rows = [_stripped(row, special.pad) if kept is None else row[kept[b]] for b, row in enumerate(ids)]
-    return [tuple(map(int, row)) for row in rows]
-
-
-def without_filler(tokens: tuple[int, ...], pad: int | None) -> tuple[int, ...]:
-    """Tokens without the run of pads at their end, as a row has them that reached its limit before others did."""
-    last = _without_pads(tokens, pad)
-    return tokens[:last] if last and len(tokens) - last >= RUN else tokens
-
-
-def _without_pads(tokens: Sequence[int], pad: int | None) -> int:
-    """How many tokens there are before the pads at the end."""
-    last = len(tokens)
-    while last and tokens[last - 1] == pad:
-        last -= 1
-    return last
-
-
-def rest_of(prompt: tuple[int, ...], fed: Sequence[int], known: Sequence[tuple[int, ...]]) -> int:
-    """How many of the tokens that a row was fed still belong to its prompt, which is one of those known."""
-    if prompt in known:
-        return 0
-    whole = (*prompt, *fed)
-    longer = [len(p) for p in known if len(p) > len(prompt) and whole[: len(p)] == p]
-    return max(longer, default=len(prompt)) - len(prompt)
-
-
-def _fed(ids: Sequence[Ints]) -> list[list[int]]:
-    """The tokens that each row gained from call to call."""
-    fed: list[list[int]] = [[] for _ in ids[0]]
-    for before, now in itertools.pairwise(ids):
-        inner: list[int] = []
-        if now.shape[1] > 1 and now.shape[1] - before.shape[1] in (0, 1):
-            for b, column in zip(*np.nonzero(now[:, : before.shape[1]] != before), strict=True):
-                fed[b].append(int(now[b, column]))
-                inner.append(int(b))
-        if now.shape != before.shape or now.shape[1] == 1:
-            for b, token in enumerate(now[:, -1]):
-                if b not in inner:
-                    fed[b].append(int(token))
-    return fed
-
-
-def _stripped(row: Ints, pad: int | None) -> Ints:
-    if pad is None:
-        return row
-    real = np.flatnonzero(row != pad)
-    return row[real[0] : real[-1] + 1] if len(real) else row
-
-
-def _until_end(tokens: Iterable[Any], eos: frozenset[int]) -> tuple[tuple[int, ...], bool]:
-    kept = []
-    for token in tokens:
-        kept.append(int(token))
-        if int(token) in eos:
-            return tuple(kept), True
-    return tuple(kept), False
-
-
-def _from_rows(calls: Sequence[Call], setup: RLHFSetup, special: Special) -> list[Sample]:
-    """Samples from the rows that the policy is trained on, where sampling was not seen."""
-    prompts = _encoded_prompts(setup)
-    found: dict[tuple[int, ...], int] = {}
-    first_trained: list[int] = []
-    for call in calls:
-        if call.role != "policy" or not call.backwards:
-            continue
-        ids = call.ids.cpu().numpy()
-        mask = call.source.mask
-        kept = mask.cpu().numpy().astype(bool) if mask is not None and tuple(mask.shape) == ids.shape else None
-        weight = call.gradient["others"].cpu().numpy()
-        rows, columns = call.rows.cpu().numpy(), call.columns.cpu().numpy()
-        for b, row in enumerate(ids):
-            start = int(np.flatnonzero(kept[b])[0]) if kept is not None and kept[b].any() else 0
-            real = row[kept[b]] if kept is not None and kept[b].any() else _stripped(row, special.pad)
-            trained = columns[(rows == b) & (weight > 0)]
-            if tuple(map(int, real)) not in found:
-                found[tuple(map(int, real))] = len(first_trained)
-                first_trained.append(int(trained.min()) - start + 1 if len(trained) else -1)
-    samples = []
-    for tokens, at in found.items():
-        fitting = [p for p in prompts if tokens[: len(p)] == p]
-        length = max(map(len, fitting), default=0) or max(first_trained[at], 1)
-        response, ended = _until_end(tokens[length:], special.eos)
-        samples.append(Sample(tokens[:length], response, ended, True))
-    return samples
-
-
-def _encoded_prompts(setup: RLHFSetup) -> list[tuple[int, ...]]:
-    prompts = setup.prompts
-    if prompts is None:
-        return []
-    if isinstance(prompts, dict) and "input_ids" in prompts:
-        masks = prompts.get("attention_mask")
-        rows = [[int(t) for t in row] for row in prompts["input_ids"]]
-        if masks is None:
-            return [tuple(r) for r in rows]
-        return [tuple(t for t, m in zip(r, mask, strict=True) if int(m)) for r, mask in zip(rows, masks, strict=True)]
-    with contextlib.suppress(Exception):
-        return [tuple(ids) for ids in setup.tokenizer(list(prompts))["input_ids"]]
-    return []
-
-
-# ---- placing calls ---------------------------------------------------------------------------------------------------
-
-
-class Places:
-    """Finds rows of ids among samples."""
-
-    def __init__(self, samples: Sequence[Sample], special: Special) -> None:
-        self.samples = samples
-        self.special = special
-        self.keys: dict[int, dict[tuple[int, ...], list[int]]] = {}
-        for i, s in enumerate(samples):
-            tokens = s.tokens if not s.complete else s.tokens[:-1]
-            self.keys.setdefault(len(tokens), {}).setdefault(tokens, []).append(i)
-        self.lengths = sorted(self.keys, reverse=True)
-        self.prompts: dict[tuple[int, ...], list[int]] = {}
-        for i, s in enumerate(samples):
-            self.prompts.setdefault(s.prompt, []).append(i)
-        self.prompt_lengths = sorted({len(p) for p in self.prompts}, reverse=True)
-
-    def find(
-        self, ids: Ints, mask: Any, used: Counter[int], trained: Mapping[int, int] | None = None
-    ) -> list[tuple[int, int]]:
-        """(sample, column of its first token) of each row, (-1, -1) where it is none; ``used`` spreads equal samples.
-
-        Where a row is the text of one sample and the beginning, or the text, of another, its response begins where it
-        is ``trained`` (row -> column) from on, or where others' do; a whole batch is in the samples' order.
-        """
-        fitting = [self._of_row(row.tolist(), _starts(row, mask, b, self.special.pad)) for b, row in enumerate(ids)]
-        begins = [{start + len(self.samples[i].prompt) for i, start in fits} for fits in fitting]
-        sure = set[int]().union(*(begin for begin in begins if len(begin) == 1))
-        found = []
-        for b, fits in enumerate(fitting):
-            known = {trained[b]} if trained and b in trained else sure if len(sure) == 1 else set[int]()
-            fits = [(i, start) for i, start in fits if start + len(self.samples[i].prompt) in known] or fits
-            if len(ids) == len(self.samples):
-                fits = [(i, start) for i, start in fits if i == b] or fits
-            alike = [(i, start) for i, start in fits if self._length(i) == self._length(fits[0][0])]
-            alike = [(i, start) for i, start in alike if start == fits[0][1]]
-            chosen = min(alike, key=lambda fit: (used[fit[0]], fit[0]), default=(-1, -1))
-            used[chosen[0]] += 1
-            found.append(chosen)
-        return found
-
-    def _length(self, i: int) -> int:
-        return len(self.samples[i].tokens) - self.samples[i].complete
-
-    def _of_row(self, row: Sequence[int], starts: Sequence[int]) -> list[tuple[int, int]]:
-        """Every (sample, column) that a row may be, the longest texts first."""
-        found = []
-        for start in starts:
-            for length in self.lengths:
-                candidates = self.keys[length].get(tuple(row[start : start + length])) or ()
-                following = row[start + length] if start + length < len(row) else None
-                found += [(i, start) for i in candidates if self._fits(i, following)]
-        return found
-
-    def _fits(self, i: int, following: int | None) -> bool:
-        sample = self.samples[i]
-        return following is None or not sample.complete or following == sample.tokens[-1]
-
-    def with_prompt(self, row: Sequence[int], starts: Sequence[int]) -> tuple[list[int], int]:
-        """(samples whose prompt the row begins with, its column)."""
-        for start in starts:
-            for length in self.prompt_lengths:
-                found = self.prompts.get(tuple(row[start : start + length]))
-                if found and length:
-                    return found, start
-        return [], -1
-
-
-def _starts(row: Ints, mask: Any, b: int, pad: int | None) -> list[int]:
-    starts = []
-    if mask is not None and mask.shape[0] > b and mask.shape[1] == len(row):
-        real = np.flatnonzero(mask[b])
-        if len(real):
-            starts.append(int(real[0]))
-    if pad is not None:
-        real = np.flatnonzero(row != pad)
-        if len(real):
-            starts.append(int(real[0]))
-    return list(dict.fromkeys([*starts, 0]))
-
-
-def _place(call: Call, places: Places, used: Counter[int]) -> Placed:
-    ids = call.ids.cpu().numpy()
-    mask = call.source.mask.cpu().numpy().astype(bool) if call.source.mask is not None else None
-    row_sample = np.full(len(ids), -1)
-    starts: dict[int, int] = {}
-    start_of_row = np.zeros(len(ids), dtype=np.int64)
-    altered = 0
-    for b, (row, (sample, start)) in enumerate(zip(ids, places.find(ids, mask, used, _trained(call)), strict=True)):
-        if sample < 0:
-            candidates = _starts(row, mask, b, places.special.pad)
-            near, start = places.with_prompt(row.tolist(), candidates)
-            if near:
-                altered += 1
-                sample = _nearest(row[start:], [places.samples[i] for i in near], near, used)
-        if sample >= 0:
-            row_sample[b], start_of_row[b] = sample, start
-            starts[sample] = start
-    rows, columns = call.rows.cpu().numpy(), call.columns.cpu().numpy()
-    columns = np.where(columns < 0, ids.shape[1] - 1, columns)
-    sample = row_sample[rows]
-    lengths = np.array([len(s.prompt) for s in places.samples] or [0])
-    state = np.where(sample >= 0, columns - start_of_row[rows] + 1 - lengths[sample], -(10**6))
-    return Placed(call, sample, state, starts, row_sample, altered)
-
-
-def _trained(call: Call) -> dict[int, int]:
-    """Row -> the column of its first token that a loss trains, where a gradient came back to several."""
-    gradient = call.gradient.get("others" if call.role == "policy" else "scalar")
-    if gradient is None or len(gradient) != len(call.given[0] if call.given else call.rows):
-        return {}
-    rows, columns = call.rows.cpu().numpy(), call.columns.cpu().numpy()
-    at = (gradient != 0).cpu().numpy() & (columns >= 0)
-    return {int(b): int(columns[at & (rows == b)].min()) + 1 for b in np.unique(rows[at])}
-
-
-def _nearest(row: Ints, samples: Sequence[Sample], indices: Sequence[int], used: Counter[int]) -> int:
-    """The sample with most tokens in common with a row that fits none exactly."""
-
-    def common(sample: Sample) -> int:
-        tokens = np.array(sample.tokens)
-        n = min(len(tokens), len(row))
-        return int((tokens[:n] == row[:n]).sum())
-
-    best = max(zip(indices, samples, strict=True), key=lambda pair: (common(pair[1]), -used[pair[0]], -pair[0]))[0]
-    used[best] += 1
-    return best
-
-
-# ---- the table -------------------------------------------------------------------------------------------------------
-
-
 def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sample] | None = None) -> Table:
     """Lay the calls of a run out by sample and response token.
 
@@ -493,20 +97,22 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     kept = {id(c.source) for c in rest if c.role == "policy"}
     sampling = {id(c.source) for episode in episodes for c in episode} - kept
     rest = [c for c in rest if id(c.source) not in sampling]  # a second head of the sampling model
-    special = special.and_stops(row for episode in episodes for row in _fed([c.ids.cpu().numpy() for c in episode]))
-    episodes, rest = _with_one_word(episodes, rest, special)
+    special = special.and_stops(
+        row for episode in episodes for row in fed_tokens([c.ids.cpu().numpy() for c in episode])
+    )
+    episodes, rest = with_one_word(episodes, rest, special)
     if samples is None:
-        prompts = _encoded_prompts(setup)
+        prompts = encoded_prompts(setup)
         samples = [s for episode in episodes for s in generated(episode, special, prompts)]
         if not samples:
-            samples = _from_rows(rest, setup, special)
-        _complete(samples, rest, special)
+            samples = from_rows(rest, setup, special)
+        complete_samples(samples, rest, special)
     places = Places(samples, special)
     used: dict[str, Counter[int]] = {}
     placed = []
     for call in rest:
         key = f"{call.role} {call.with_grad} {call.window if call.with_grad else 0}"
-        placed.append(_place(call, places, used.setdefault(key, Counter())))
+        placed.append(place(call, places, used.setdefault(key, Counter())))
     width = max((len(s.response) for s in samples), default=0)
     tokens = np.full((len(samples), width), -1, dtype=np.int64)
     real = np.zeros((len(samples), width), dtype=bool)
@@ -521,49 +127,6 @@ def tabulate(run: Run, setup: RLHFSetup, temperature: float, *, samples: list[Sa
     _fill_values(table)
     _fill_scores(table, run, setup)
     return table
-
-
-def _complete(samples: list[Sample], calls: Sequence[Call], special: Special) -> None:
-    """Learn the last token of each response from passes over the whole text.
-
-    Samples that differ in nothing else share what is found: as many of each token as were seen.
-    """
-    places = Places(samples, special)
-    votes: dict[tuple[int, ...], Counter[int]] = {}
-    for call in calls:
-        ids = call.ids.cpu().numpy()
-        mask = call.source.mask.cpu().numpy().astype(bool) if call.source.mask is not None else None
-        used: Counter[int] = Counter()
-        seen: list[tuple[tuple[int, ...], int, bool]] = []  # (all before it, token, whether it may be filler)
-        cut = False  # some row ends before its last token
-        for b, (row, (sample, start)) in enumerate(zip(ids, places.find(ids, mask, used), strict=True)):
-            if sample < 0 or samples[sample].complete:
-                continue
-            at = start + len(samples[sample].tokens)
-            cut |= at >= len(row)
-            if at < len(row) and not (mask is not None and mask.shape == ids.shape and not mask[b, at]):
-                seen.append((samples[sample].tokens, int(row[at]), mask is None and _filler(row, at)))
-        cut = cut or all(filler for _, _, filler in seen)
-        for tokens, token, filler in seen:
-            if not (cut and filler):
-                votes.setdefault(tokens, Counter())[token] += 1
-    alike: dict[tuple[int, ...], list[Sample]] = {}
-    for s in samples:
-        if not s.complete:
-            alike.setdefault(s.tokens, []).append(s)
-    for tokens, group in alike.items():
-        counted = votes.get(tokens, Counter())
-        shares = [t for t, n in counted.most_common() for _ in range(max(1, round(len(group) * n / counted.total())))]
-        for s, token in zip(group, shares[: len(group)] + shares[-1:] * (len(group) - len(shares)), strict=False):
-            s.response += (token,)
-            s.ended = token in special.eos
-        for s in group:
-            s.complete = True
-
-
-def _filler(row: Ints, at: int) -> bool:
-    """Whether a row repeats one token from here on, as where a loop gathers past the end; a response may do so too."""
-    return at > 0 and bool((row[at:] == row[at - 1]).all())
 
 
 def _put(table: Table, name: str, placed: Placed, values: Any, chosen: Any = None, *, first: bool = True) -> None:

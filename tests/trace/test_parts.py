@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlhf_doctor.trace.parts import token_table
-from rlhf_doctor.trace.table import Special, _continues, _fed, rest_of, without_filler
+from rlhf_doctor.trace.samples import Special, continues, fed_tokens, rest_of, without_filler
 from rlhf_doctor.trace.taps import _cut_from
 
 
@@ -46,10 +46,10 @@ def grown(*rows: list[list[int]]) -> list[SimpleNamespace]:
 
 def test_rows_that_grow_each_at_its_own_place() -> None:
     calls = grown([[5, 6, 0], [7, 8, 9]], [[5, 6, 2, 0], [7, 8, 9, 3]], [[5, 6, 2, 4, 0], [7, 8, 9, 3, 1]])
-    assert all(_continues(calls[: i + 1], calls[i + 1]) for i in range(2))
-    assert _fed([c.ids.numpy() for c in calls]) == [[2, 4], [3, 1]]
+    assert all(continues(calls[: i + 1], calls[i + 1]) for i in range(2))
+    assert fed_tokens([c.ids.numpy() for c in calls]) == [[2, 4], [3, 1]]
     others = grown([[5, 6, 0], [7, 8, 9]], [[4, 4, 2, 0], [7, 8, 9, 3]])
-    assert not _continues(others[:1], others[1])
+    assert not continues(others[:1], others[1])
 
 
 def test_a_prompt_that_is_fed_token_by_token() -> None:

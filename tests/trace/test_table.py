@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_doctor.trace.table import Places, Sample, Special, _complete, split_generation
+from rlhf_doctor.trace.places import Places, complete_samples
+from rlhf_doctor.trace.samples import Sample, Special, split_generation
 from rlhf_doctor.trace.taps import Call, Lookup
 
 SPECIAL = Special(0, frozenset({2}))
@@ -24,7 +25,7 @@ def passed(rows: list[list[int]]) -> Call:
 def last_tokens(responses: list[list[int]], rows: list[list[int]]) -> list[tuple[int, ...]]:
     """The responses, after a pass over these rows, of samples whose last token was not seen when it was drawn."""
     samples = [Sample((7, 8), tuple(seen), False, False) for seen in responses]
-    _complete(samples, [passed(rows)], SPECIAL)
+    complete_samples(samples, [passed(rows)], SPECIAL)
     return [sample.response for sample in samples]
 
 
