@@ -290,7 +290,7 @@ def _in_units(fit: Fit, unit: Unit, baseline: str, declared: Any, base: Table) -
     sizes = [unit.size, *([] if unit.whitened else [1.0])]
     if baseline == "none" and unit.baseline in ("group", "discounted"):
         sizes += _leave_one_out(base, unit.size)
-    each = _nearest(fit.coefficient, sizes, declared) / fit.coefficient
+    each = _nearest(fit.coefficient, sizes, declared) / fit.coefficient if fit.coefficient else 1.0
     return replace(fit, coefficient=fit.coefficient * each, rows=tuple(x * each for x in fit.rows))
 
 
@@ -391,11 +391,8 @@ def shaped_leak(traced: Traced, moved: Experiment) -> tuple[float, int]:
     if columns and still.any():
         a = np.stack([c[still] for c in columns], 1)
         solved, *_ = np.linalg.lstsq(a, left[still], rcond=None)
-        seen = [j for j in range(a.shape[1]) if np.abs(a[:, j]).max() > 0]
-        told = np.zeros(left.shape, dtype=bool)
-        for j in seen:
-            told |= columns[j] != 0
-        left = np.where(told, left - sum(solved[j] * columns[j] for j in seen), np.nan)
+        for column, seen, moves in zip(columns, np.abs(a).max(0) > 0, solved, strict=True):
+            left = left - moves * column if seen else np.where(column == 0, left, np.nan)  # a group that all leaks
     left = np.abs(left)
     onto, aside = (rows & np.isfinite(left) for rows in (known & leaking[:, None], still))
     if not onto.any():
