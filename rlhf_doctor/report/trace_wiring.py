@@ -115,11 +115,11 @@ def _measured(name: str, setup: RLHFSetup, traced: Traced, terms: Divergence) ->
     if name in (TARGET, ADVANTAGE) and critic_free(traced) and traced.experiments.done:
         return False, None, "no critic takes part in the step"
     if name in (REWARD, LOSS):
-        if critic_free(traced):
-            return _without_returns(name, setup, traced)
         penalty = terms.reward if name == REWARD else terms.loss
         if penalty is not None:
             return _of_penalty(penalty, edge)
+        if critic_free(traced):
+            return _without_returns(name, setup, traced)
     if edge.gain is None:
         return None, None, edge.reason
     return edge.there, _gain(edge), "identical to the last bit" if edge.identical else edge.reason

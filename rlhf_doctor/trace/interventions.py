@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.trace import changes
@@ -116,6 +117,8 @@ def conduct(
     _require_policy(first)
     stepper.by_hand = bool(first.moved)
     base = tabulate(first, setup, temperature)
+    if _rounded_throughout(base, setup):
+        first, base = _without_rounding(stepper, first, base, temperature)
     if stepper.by_hand:
         _first_update_alone(base)
     found = Experiments(base, first, None, None, None, by_hand=stepper.by_hand, snapshot=stepper.snapshot)
@@ -139,6 +142,29 @@ def conduct(
         found.reasons["*"] = "no sample was seen: the policy was not called on token ids, or nothing was trained"
     found.runs = stepper.runs
     return found
+
+
+def _rounded_throughout(base: Table, setup: RLHFSetup) -> bool:
+    """Whether every pass of a float32 policy gives bfloat16 logits, as in autocast; their range is that of float32."""
+    calls = [p.call for p in base.placed if p.call.role == "policy"]
+    weights = getattr(setup.policy, "parameters", None)
+    single = callable(weights) and all(p.dtype == torch.float32 for p in weights() if p.is_floating_point())
+    return single and bool(calls) and all(call.rounding == torch.finfo(torch.bfloat16).eps for call in calls)
+
+
+def _without_rounding(stepper: Stepper, first: Run, base: Table, temperature: float) -> tuple[Run, Table]:
+    """The first run once more without autocast; the one that was made where that cannot be or changes nothing."""
+    stepper.snapshot.exact = True
+    try:
+        run = stepper.run()
+        table = tabulate(run, stepper.setup, temperature)
+        if table.samples and table.rounding("policy") < base.rounding("policy"):
+            run.moved.update(first.moved)
+            return run, table
+    except Broken:  # layers of several precisions, which only autocast brings together
+        pass
+    stepper.snapshot.exact = False
+    return first, base
 
 
 def _require_policy(first: Run) -> None:

@@ -17,7 +17,7 @@ from rlhf_doctor.instruments.models import generators_kept, module_kept
 if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["Snapshot", "live_optimizers", "run_kept"]
+__all__ = ["Snapshot", "live_optimizers", "run_kept", "without_autocast"]
 
 DEEPEST = 6  # containers and objects within one another that are looked into
 MOST = 20_000  # of them
@@ -28,9 +28,13 @@ class Snapshot:
 
     The loop's own state is what can be reached from ``step``: closures, instances, lists, dicts, generators, tensors.
     Iterators that cannot be copied (Python generators) are left as they are.
+
+    Attributes:
+        exact: whether steps from this state run without autocast, so that rounding hides nothing.
     """
 
     def __init__(self, setup: RLHFSetup) -> None:
+        self.exact = False
         self.modules = _modules(setup)
         self.undo: list[Callable[[], None]] = []
         self.weights: dict[int, torch.Tensor] = {}  # id of a parameter -> its numbers
@@ -274,10 +278,29 @@ def _steps_any(optimizer: Any, owned: set[int]) -> bool:
 
 
 @contextmanager
+def without_autocast() -> Iterator[None]:
+    """Inside, autocast regions compute in the precision of the weights."""
+    enter = torch.autocast.__enter__
+
+    def entered(self: torch.autocast) -> Any:
+        found = enter(self)  # type: ignore[no-untyped-call]
+        torch.set_autocast_enabled(self.device, False)
+        return found
+
+    torch.autocast.__enter__ = entered  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+
+
+@contextmanager
 def run_kept(snapshot: Snapshot) -> Iterator[None]:
     """Run a step inside: everything is as it was afterwards, and the snapshot may be used again."""
     with ExitStack() as stack:
         stack.enter_context(generators_kept())
+        if snapshot.exact:
+            stack.enter_context(without_autocast())
         for module in snapshot.modules:
             stack.enter_context(module_kept(module))
         try:

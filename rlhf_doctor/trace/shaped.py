@@ -296,18 +296,19 @@ def _in_units(fit: Fit, unit: Unit, baseline: str, declared: Any, base: Table) -
 
 def _in_loss(
     traced: Traced, unit: Unit, found: tuple[Fit, float], beside: str | None, declared: Any
-) -> Penalty | None:  # fmt: skip
+) -> Penalty:  # fmt: skip
     """A term of the loss beside a KL in the rewards, per unit of the advantage: a whitened one has a spread of 1."""
-    if beside is None:
-        return None
     base, (fit, coefficient) = traced.base, found
+    tokens = int(np.isfinite(base["weight"]).sum())
+    if beside is None:
+        return Penalty(False, tokens=tokens)
     sizes = [unit.size, *_leave_one_out(base, unit.size), 1.0]
     if unit.whitened:
         _, was = _own(base, base, beside, fit.temperature)
         left = masked(base, base["weight"]) / unit.scale[:, None] + coefficient * was
         sizes = [float(np.nanstd(np.where(trusted(traced)[:, None], left, np.nan)))]
     fits = (replace(fit, estimator=beside, coefficient=_nearest(coefficient, sizes, declared), rows=()),)
-    return Penalty(True, fits, int(np.isfinite(base["weight"]).sum()))
+    return Penalty(True, fits, tokens)
 
 
 def _leave_one_out(base: Table, size: float) -> list[float]:
