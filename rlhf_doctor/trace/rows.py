@@ -64,14 +64,14 @@ def score_moves(found: Experiments, recovered: Recovered) -> Moved | None:
     if one is not None:
         targets = _moves(found.base, one, "value_gradient")
         if targets is not None and np.isfinite(targets[one.touched]).any():
-            wrong = _elsewhere(targets, one.touched, TARGETS) or _one_other(targets, one.touched)
+            wrong = _elsewhere(targets, one.touched, TARGETS) or _one_other(targets, one.touched, TARGETS)
             if wrong is not None:
                 return wrong
         weights = _moves(found.base, one, "weight")
         if weights is not None and targets is None and np.isfinite(weights[one.touched]).any():
             return _elsewhere(weights, one.touched, WEIGHTS)
         if weights is not None and targets is not None:
-            wrong = _by_themselves(found.base, one)
+            wrong = _by_themselves(found.base, one) or _one_other(weights, one.touched, WEIGHTS)
             if wrong is not None:
                 return wrong
     every = found.done.get("all scores")
@@ -200,7 +200,7 @@ def _elsewhere(moves: Floats, touched: Bools, target: str) -> Moved | None:
     return Moved(target, tuple(map(int, np.flatnonzero(touched))), tuple(map(int, strayed)), own, other)
 
 
-def _one_other(moves: Floats, touched: Bools) -> Moved | None:
+def _one_other(moves: Floats, touched: Bools, target: str) -> Moved | None:
     """All moved a little, as where scores are normalised together, and one that was not touched by far the most."""
     sizes = np.where(np.isfinite(moves).any(1), np.where(np.isfinite(moves), moves, -1.0).max(1, initial=-1.0), np.nan)
     known = np.flatnonzero(np.isfinite(sizes))
@@ -210,7 +210,7 @@ def _one_other(moves: Floats, touched: Bools) -> Moved | None:
     rest = float(np.max(sizes[known[known != top]]))
     if touched[top] or rest > APART * sizes[top]:
         return None
-    return Moved(TARGETS, tuple(map(int, np.flatnonzero(touched))), (top,), float(sizes[touched][0]), 1.0)
+    return Moved(target, tuple(map(int, np.flatnonzero(touched))), (top,), float(sizes[touched][0]), 1.0)
 
 
 def _by_themselves(base: Table, one: Experiment) -> Moved | None:

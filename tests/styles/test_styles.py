@@ -25,7 +25,7 @@ MISSED = json.loads((Path(__file__).parent / "missed.json").read_text())
 # Of all these the sound ones that some check once took for faulty, and a fault of each of the first, are always tried.
 ALWAYS = (
     "dense_prm_qwen2", "dr_grpo_trainer", "lora_one_base", "safe_rlhf_mistral", "tool_agent_ppo", "a2c_kl",
-    "actor_critic_scratch", "bloom_loader", "critic_free", "dense_rewards", "ragged_neox", "rope_functional",
+    "actor_critic_scratch", "bloom_loader", "critic_free", "engine_rlhf", "dense_rewards", "ragged_neox", "rope_functional",
 )  # fmt: skip
 SELDOM = ("healthy_sentences", "healthy_early_stop", "healthy_fixed_whitened", "healthy_warmup_from_zero")
 

@@ -178,3 +178,14 @@ def test_attributes_that_raise_other_errors_are_left_alone() -> None:
     with run_kept(Snapshot(RLHFSetup(policy=torch.nn.Linear(2, 2), step=step))):
         step()
     assert kept == {"seen": [1]}
+
+
+def test_autocast_is_off_inside_and_on_again_afterwards() -> None:
+    from rlhf_doctor.trace.keep import without_autocast
+
+    x, region = torch.ones(2, 2), torch.autocast("cpu", dtype=torch.bfloat16)
+    with without_autocast(), region:
+        assert (x @ x).dtype == torch.float32
+    with region:
+        assert (x @ x).dtype == torch.bfloat16
+    assert not torch.is_autocast_enabled("cpu")

@@ -13,6 +13,7 @@ from rlhf_doctor.instruments.tracing import Traced
 if TYPE_CHECKING:
     from rlhf_doctor.trace.disturbed import Disturbed
 
+LEAST = -0.1  # of a unit: rounding leaves 0.001, and whitened advantages have a deviation below 10
 FEW = 6
 
 
@@ -109,7 +110,7 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
     elif (falls := _own_values(traced)) is not None:
         yield _finding(
             "The critic is trained towards the advantages and not towards the returns: where the rollout's value is "
-            "raised by 1, its own target falls by 1. The target should be advantage + value.",
+            f"raised by 1, its own target moves by {falls:.2g}. The target should be advantage + value.",
             ("move of a state's target with the rollout's value of that state", "0", f"{falls:.3g}"),
         )
     elif (scales := scales_apart(traced)) is not None:
@@ -127,12 +128,23 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
 
 
 def _own_values(traced: Traced) -> float | None:
-    """What a unit of the rollout's value takes off its own target, where it takes off a unit in every row."""
-    from rlhf_doctor.trace import advantage
+    """What a unit of the rollout's value takes off its own target, where it takes off some in every row.
 
-    own = [float(row.gain[row.at]) for row in advantage.value_gains(traced, "target")]
-    whole = len(own) > 1 and all(abs(x + 1) < 5 * advantage.PRECISE for x in own)
-    return sum(own) / len(own) if whole else None
+    A return has none of it; an advantage the whole, over its deviation where advantages are whitened.
+    """
+    import numpy as np
+
+    from rlhf_doctor.trace.advantage import trusted
+    from rlhf_doctor.trace.recover import return_response
+
+    changed, base = traced.experiments.done.get("rollout outputs"), traced.base
+    if changed is None or not base.has("old_value"):
+        return None
+    pushed = changed.moved(base, "old_value")
+    at = (changed.amounts != 0) & base.real & trusted(traced)[:, None] & np.isfinite(pushed) & (pushed != 0)
+    own = (return_response(traced.recovered, traced.experiments, changed)[at] / pushed[at]).tolist()
+    own = [x for x in own if x == x]
+    return sum(own) / len(own) if len(own) > 1 and max(own) < LEAST else None
 
 
 def _left_out(traced: Traced, setup: Any) -> Iterator[Finding]:
