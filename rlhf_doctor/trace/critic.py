@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rlhf_doctor.trace.recover import return_response
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rlhf_doctor.instruments.tracing import Traced
     from rlhf_doctor.trace.interventions import Experiments
     from rlhf_doctor.trace.places import Placed
     from rlhf_doctor.trace.table import Table
@@ -22,6 +25,7 @@ __all__ = [
     "Span",
     "heads",
     "own_parameters",
+    "own_values",
     "part_in_training",
     "past_the_end",
     "raw_response",
@@ -30,6 +34,7 @@ __all__ = [
     "unrewarded_end",
 ]
 
+LEAST = -0.1  # of a unit: rounding leaves 0.001, and whitened advantages have a deviation below 10
 UNMOVED = 1e-4  # of what the same score does within the response
 
 Part = Literal["not called", "called without gradient", "no gradient came back", "gradient is zero", "trained"]
@@ -138,3 +143,20 @@ def steady(experiments: Experiments) -> NDArray[np.bool_]:
 def raw_response(experiments: Experiments, name: str) -> Floats:
     """How the critic's gradient moved at the response tokens in a changed run, (S, T), NaN elsewhere."""
     return np.where(steady(experiments), experiments.done[name].moved(experiments.base, "value_gradient"), np.nan)
+
+
+def own_values(traced: Traced) -> float | None:
+    """What a unit of the rollout's value takes off its own target, where it takes off some in every row.
+
+    A return has none of it; an advantage the whole, over its deviation where advantages are whitened.
+    """
+    from rlhf_doctor.trace.advantage import trusted
+
+    changed, base = traced.experiments.done.get("rollout outputs"), traced.base
+    if changed is None or not base.has("old_value"):
+        return None
+    pushed = changed.moved(base, "old_value")
+    at = (changed.amounts != 0) & base.real & trusted(traced)[:, None] & np.isfinite(pushed) & (pushed != 0)
+    own = (return_response(traced.recovered, traced.experiments, changed)[at] / pushed[at]).tolist()
+    own = [x for x in own if x == x]
+    return sum(own) / len(own) if len(own) > 1 and max(own) < LEAST else None

@@ -88,7 +88,10 @@ class Places:
                 candidates = self.keys[length].get(tuple(row[start : start + length])) or ()
                 following = row[start + length] if start + length < len(row) else None
                 found += [(i, start) for i in candidates if self._fits(i, following)]
-        return found
+        # An earlier turn of a text is no other reading of it.
+        return [
+            (i, start) for i, start in found if start + self._length(i) >= found[0][1] + self._length(found[0][0]) - 1
+        ]
 
     def _fits(self, i: int, following: int | None) -> bool:
         sample = self.samples[i]

@@ -127,7 +127,8 @@ def greedy(table: Table) -> set[Text]:
 
 def trained_again(first: Table, second: Table) -> tuple[int, int]:
     """(rows of the second step's updates that the first step had drawn and trained on, all rows of its updates)."""
-    before = set(_rows(first)) & {_bare(s.tokens, None) for s in first.samples}
+    texts = {_bare(tokens, None) for s in first.samples for tokens in (s.tokens, s.tokens[:-1])}
+    before = set(_rows(first)) & texts
     drawn = {_bare(s.tokens, None) for s in second.samples}
     rows = _rows(second)
     return sum(row in before and row not in drawn for row in rows), len(rows)

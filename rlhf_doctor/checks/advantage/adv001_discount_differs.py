@@ -116,22 +116,16 @@ def _without_a_critic(traced: Traced, gamma: float | None, algorithm: str) -> It
         raise Unavailable("needs a critic, or advantages without one that are sums of rewards from a token on")
     tolerance = 2 * advantage.PRECISE
     if abs(unit.gamma - gamma) > tolerance:
+        evidence = Evidence(
+            "gamma, from how a changed score moves neighbouring tokens", f"{gamma:.4g}", f"{unit.gamma:.4g}",
+            f"{tolerance:g}", where="the policy's gradient",
+        )  # fmt: skip
         yield Finding(
             f"A score reaches the token before the last one with {unit.gamma:.3g} of its weight, and so on back to the "
             f"first: the returns are discounted with gamma {unit.gamma:.3g}. They should be with {gamma:g}, as "
             "declared: pass that gamma on, or declare the one that is meant.",
-            role="loop",
-            confidence=Confidence.PROVEN,
-            evidence=(
-                Evidence(
-                    "gamma, from how a changed score moves neighbouring tokens",
-                    f"{gamma:.4g}",
-                    f"{unit.gamma:.4g}",
-                    f"{tolerance:g}",
-                    where="the policy's gradient",
-                ),
-            ),
-        )
+            role="loop", confidence=Confidence.PROVEN, evidence=(evidence,),
+        )  # fmt: skip
 
 
 def _of_the_policy(found: OtherRates, declared: Any) -> Finding:

@@ -52,8 +52,6 @@ def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
     """
     from rlhf_doctor.trace import advantage
 
-    if setup.declared.get("dense_rewards"):
-        raise Unavailable("rewards of every token are declared: no one token has the whole score")
     gamma, lam = number(setup.declared.get("gamma")), number(setup.declared.get("lam"))
     if advantage.critic_free(traced):
         gamma, lam = 1.0 if gamma is None else gamma, 1.0
@@ -63,6 +61,8 @@ def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
         found = _lost(traced) or _spread(traced, declared) or found
     if found.kind == "last":
         return
+    if found.kind == "spread" and setup.declared.get("dense_rewards"):
+        raise Unavailable("rewards of every token are declared: no one token has the whole score")
     if found.kind == "unknown":
         raise Unavailable("needs scores whose effect on the advantages shows the token that they are put on")
     length = len(found.gain)

@@ -13,7 +13,6 @@ from rlhf_doctor.instruments.tracing import Traced
 if TYPE_CHECKING:
     from rlhf_doctor.trace.disturbed import Disturbed
 
-LEAST = -0.1  # of a unit: rounding leaves 0.001, and whitened advantages have a deviation below 10
 FEW = 6
 
 
@@ -53,6 +52,7 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
         is so at single tokens, not at a quarter of them.
     """
     from rlhf_doctor.trace.apart import scales_apart
+    from rlhf_doctor.trace.critic import own_values
     from rlhf_doctor.trace.spans import left_out
 
     base = traced.base
@@ -107,11 +107,11 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
                 f"few or none of {disturbed.clip.away}",
             ),
         )
-    elif (falls := _own_values(traced)) is not None:
+    elif (falls := own_values(traced)) is not None:
         yield _finding(
-            "The critic is trained towards the advantages and not towards the returns: where the rollout's value is "
-            f"raised by 1, its own target moves by {falls:.2g}. The target should be advantage + value.",
-            ("move of a state's target with the rollout's value of that state", "0", f"{falls:.3g}"),
+            "The critic is trained towards the advantages and not the returns: its target moves by "
+            f"{falls:.2g} where its rollout value is raised by 1. The target should be advantage + value.",
+            ("move of a target with its own state's rollout value", "0", f"{falls:.3g}"),
         )
     elif (scales := scales_apart(traced)) is not None:
         yield _finding(
@@ -125,26 +125,6 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
                 "targets' range)",
             ),
         )
-
-
-def _own_values(traced: Traced) -> float | None:
-    """What a unit of the rollout's value takes off its own target, where it takes off some in every row.
-
-    A return has none of it; an advantage the whole, over its deviation where advantages are whitened.
-    """
-    import numpy as np
-
-    from rlhf_doctor.trace.advantage import trusted
-    from rlhf_doctor.trace.recover import return_response
-
-    changed, base = traced.experiments.done.get("rollout outputs"), traced.base
-    if changed is None or not base.has("old_value"):
-        return None
-    pushed = changed.moved(base, "old_value")
-    at = (changed.amounts != 0) & base.real & trusted(traced)[:, None] & np.isfinite(pushed) & (pushed != 0)
-    own = (return_response(traced.recovered, traced.experiments, changed)[at] / pushed[at]).tolist()
-    own = [x for x in own if x == x]
-    return sum(own) / len(own) if len(own) > 1 and max(own) < LEAST else None
 
 
 def _left_out(traced: Traced, setup: Any) -> Iterator[Finding]:
