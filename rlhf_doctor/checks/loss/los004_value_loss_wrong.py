@@ -109,8 +109,7 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
         )
     elif (falls := own_values(traced)) is not None:
         yield _finding(
-            "The critic is trained towards the advantages and not the returns: its target moves by "
-            f"{falls:.2g} where its rollout value is raised by 1. The target should be advantage + value.",
+            "The critic is trained towards the advantages, not the returns. The target should be advantage + value.",
             ("move of a target with its own state's rollout value", "0", f"{falls:.3g}"),
         )
     elif (scales := scales_apart(traced)) is not None:
