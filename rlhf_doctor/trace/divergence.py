@@ -134,18 +134,16 @@ def shaped_by_the_update(traced: Traced, changed: Experiment, declared: Mapping[
     for value in VALUES.values():
         x = value(after) - value(before)
         known = np.isfinite(x) & np.isfinite(rewards)
-        made = _slope(x[known], rewards[known])
-        if made is not None and made[1] < CLOSE:
+        if _off_a_line(x[known], rewards[known]) < CLOSE:
             return True
     return False
 
 
-def _slope(x: Floats, y: Floats) -> tuple[float, float] | None:
-    """(slope through 0, largest residual over the largest of y)."""
+def _off_a_line(x: Floats, y: Floats) -> float:
+    """The largest residual from a line through 0, over the largest of y; endless where there is too little."""
     if len(x) < 4 or not (x * x).sum() or not np.abs(y).max():
-        return None
-    slope = float((x * y).sum() / (x * x).sum())
-    return slope, float(np.abs(y - slope * x).max() / np.abs(y).max())
+        return float("inf")
+    return float(np.abs(y - (x * y).sum() / (x * x).sum() * x).max() / np.abs(y).max())
 
 
 def _is(measured: float, declared: Any) -> bool:

@@ -74,13 +74,11 @@ class _Solved:
 
 def of_scores(traced: Traced) -> Unit | None:
     """What one changed score does; None where its rule is none of those known."""
-    one, base = traced.experiments.done.get("one score"), traced.base
-    if one is None or not base.has("weight") or one.touched.sum() != 1:
-        return None
     moved = own_moves(traced)
     gamma = None if moved is None else _ratio(moved)
     if gamma is None:
         return None
+    one, base = traced.experiments.done["one score"], traced.base
     x = _reach(base, gamma) * one.amounts[:, None]
     best: tuple[float, Unit] | None = None
     for whitened, beside in ((False, None), (True, None), *((True, name) for name in SLOPES)):
