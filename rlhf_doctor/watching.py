@@ -17,9 +17,10 @@ from rlhf_doctor.examine import Examination, Options, examine
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.setups import RLHFSetup
+from rlhf_doctor.trace.calls import Call
 from rlhf_doctor.trace.runs import Run
 from rlhf_doctor.trace.samples import continues
-from rlhf_doctor.trace.taps import Call, Enough, Recorder, nearby
+from rlhf_doctor.trace.taps import Enough, Recorder, nearby
 from rlhf_doctor.trace.watched import watched
 
 if TYPE_CHECKING:

@@ -97,7 +97,8 @@ def drawing(setup: Any, traced: Traced) -> Drawing:
             first, second = watched
     if not by and _by(first, "reference"):
         by = "reference"
-    rounding, half = _rounding(setup, first)
+    exact = found.snapshot is not None and found.snapshot.exact
+    rounding, half = _rounding(setup, first, exact)
     return Drawing(first, second, by, rounding, half, updates, setup, temperatures, found.snapshot)
 
 
@@ -149,7 +150,8 @@ def _watched(
     return parts[0], parts[1] if len(parts) > 1 else None
 
 
-def _rounding(setup: Any, drawn: Drawn) -> tuple[float, bool]:
+def _rounding(setup: Any, drawn: Drawn, exact: bool) -> tuple[float, bool]:
+    """(nats that two passes may be apart, whether in half precision); declared is what is meant, ``exact`` what ran."""
     import torch
 
     kinds = {p.dtype for p in getattr(setup.policy, "parameters", list)() if p.is_floating_point()}
@@ -157,7 +159,7 @@ def _rounding(setup: Any, drawn: Drawn) -> tuple[float, bool]:
     for kind in (torch.bfloat16, torch.float16):
         if logits and all(bool((z == z.to(kind).float()).all()) for z in logits):
             kinds.add(kind)
-    said = str(setup.declared.get("dtype", ""))
+    said = "" if exact else str(setup.declared.get("dtype", ""))
     if torch.bfloat16 in kinds or "bf" in said:
         return 0.25, True
     if torch.float16 in kinds or "16" in said:

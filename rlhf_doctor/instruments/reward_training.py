@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from rlhf_doctor.instruments.models import Models
-    from rlhf_doctor.trace.taps import Call
+    from rlhf_doctor.trace.calls import Call
 
 __all__ = ["RewardTraining", "reward_training"]
 
@@ -101,7 +101,8 @@ def _called(
     """The calls of the head, the loss, and the form that was understood."""
     import torch
 
-    from rlhf_doctor.trace.taps import Change, Recorder
+    from rlhf_doctor.trace.calls import Change
+    from rlhf_doctor.trace.taps import Recorder
 
     said = ""
     for form in forms:

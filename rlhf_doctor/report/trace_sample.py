@@ -9,7 +9,7 @@ import numpy as np
 
 from rlhf_doctor.instruments.algorithms import number
 from rlhf_doctor.report.trace_wiring import rounded
-from rlhf_doctor.trace.advantage import critic_free
+from rlhf_doctor.trace.gains import critic_free
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,7 +9,7 @@ from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.instruments.algorithms import number
 from rlhf_doctor.report import trace_sample, trace_wiring
 from rlhf_doctor.report.trace_wiring import rounded
-from rlhf_doctor.trace import advantage
+from rlhf_doctor.trace import gains
 from rlhf_doctor.trace.divergence import divergence
 from rlhf_doctor.trace.odds import scoring_temperature
 from rlhf_doctor.trace.weighting import SOUND, weighting
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["trace"]
 
 # How far apart measured and declared may be: absolute for gamma and lambda, relative otherwise, as the checks have it.
-DISCOUNT, TEMPERATURE, WEIGHT = 2 * advantage.PRECISE, 0.02, 0.05
+DISCOUNT, TEMPERATURE, WEIGHT = 2 * gains.PRECISE, 0.02, 0.05
 NO_CRITIC = "without a critic advantages are not discounted sums"
 WHITENED: Mapping[str, tuple[str, bool | None]] = {
     "batch": ("over the whole batch", True),
@@ -95,11 +95,11 @@ def _discount(declared: Mapping[str, Any], traced: Traced) -> list[dict[str, Any
     product = None if gamma is None or lam is None else rounded(gamma * lam)
     seen: tuple[float | None, ...] = (None, None, None)
     reason = traced.experiments.reasons.get("*") or "no score or value moved the advantages as discounted sums would"
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         reason = reason if not traced.experiments.done else NO_CRITIC
     else:
         try:
-            found = next((d for of in ("policy", "target") if (d := advantage.discount(traced, of)).sound), None)
+            found = next((d for of in ("policy", "target") if (d := gains.discount(traced, of)).sound), None)
         except Unavailable as skip:
             found, reason = None, str(skip)
         if found is not None:
@@ -149,7 +149,7 @@ def _aggregation(declared: Mapping[str, Any], traced: Traced) -> dict[str, Any]:
 def _whitening(declared: Mapping[str, Any], traced: Traced) -> dict[str, Any]:
     said = declared.get("whiten_advantages")
     shown = None if said is None else {True: "whitened", False: "not whitened"}.get(said, str(said))
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         return _row("whitening", shown, None, None, "advantages are not returns − values here")
     try:
         found = whitening(traced, declared).kind

@@ -10,8 +10,8 @@ import numpy as np
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.instruments.algorithms import algorithm_kind, number
 from rlhf_doctor.report.text import counted
-from rlhf_doctor.trace.advantage import critic_free
 from rlhf_doctor.trace.critic import part_in_training
+from rlhf_doctor.trace.gains import critic_free
 from rlhf_doctor.trace.recover import EDGES, return_response
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ class Returns:
         estimator: of the KL: k1, k2, k3.
         gamma: of the returns.
         whole: the KL is summed over the response; else every token has what comes from it on.
-        whitened: over the tokens of the batch.
+        whitened: over what ``over`` names: the response tokens, the whole grid of slots, each of the rows.
         masked: whether slots after the response hold no KL.
         last_column: the score is put in the batch's last column.
         in_the_loss: coefficient of a k3 term there.
@@ -38,6 +38,7 @@ class Returns:
     gamma: float = 1.0
     whole: bool = False
     whitened: bool = False
+    over: str = "tokens"
     masked: bool = True
     last_column: bool = False
     in_the_loss: float = 0.0
@@ -58,7 +59,11 @@ class Returns:
         for t in range(rewards.shape[1] - 1, -1, -1):
             rewards[:, t] += self.gamma * running
             running = rewards[:, t]
-        return ops.whiten(rewards, where) if self.whitened else rewards
+        if not self.whitened:
+            return rewards
+        if self.over == "rows":
+            return torch.cat([ops.whiten(r[None], w[None]) for r, w in zip(rewards, where, strict=True)])
+        return ops.whiten(rewards, torch.ones_like(where) if self.over == "slots" else where)
 
 
 def setup(healthy: RLHFSetup, returns: Returns, **declared: Any) -> RLHFSetup:

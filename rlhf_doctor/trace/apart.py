@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.advantage import Discount, discount, trusted
 from rlhf_doctor.trace.anchor import Line, solve
+from rlhf_doctor.trace.gains import Discount, discount, trusted
 from rlhf_doctor.trace.recover import masked
 
 if TYPE_CHECKING:

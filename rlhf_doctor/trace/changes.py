@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from rlhf_doctor.finding import Role
+from rlhf_doctor.trace.calls import Call, Change
 from rlhf_doctor.trace.places import Placed
 from rlhf_doctor.trace.table import Table
-from rlhf_doctor.trace.taps import Call, Change
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

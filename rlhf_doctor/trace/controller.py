@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.trace.anchor import Line, deviation, solve
+from rlhf_doctor.trace.calls import Call, Change
 from rlhf_doctor.trace.estimators import CLOSE, SLOPES, VALUES, Fit, old_logp, reference_logp
 from rlhf_doctor.trace.recover import masked
 from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.table import Table, tabulate
-from rlhf_doctor.trace.taps import Call, Change
 
 if TYPE_CHECKING:
     import torch

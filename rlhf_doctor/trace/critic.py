@@ -150,7 +150,7 @@ def own_values(traced: Traced) -> float | None:
 
     A return has none of it; an advantage the whole, over its deviation where advantages are whitened.
     """
-    from rlhf_doctor.trace.advantage import trusted
+    from rlhf_doctor.trace.gains import trusted
 
     changed, base = traced.experiments.done.get("rollout outputs"), traced.base
     if changed is None or not base.has("old_value"):

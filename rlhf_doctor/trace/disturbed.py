@@ -16,12 +16,13 @@ import numpy as np
 import torch
 
 from rlhf_doctor.trace import changes
+from rlhf_doctor.trace.calls import Call, Change
 from rlhf_doctor.trace.keep import run_kept
 from rlhf_doctor.trace.places import Placed
 from rlhf_doctor.trace.recover import masked
 from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.table import Table, tabulate
-from rlhf_doctor.trace.taps import Call, Change, Enough, Recorder
+from rlhf_doctor.trace.taps import Enough, Recorder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.instruments.rates import number
-from rlhf_doctor.trace.advantage import critic_free
 from rlhf_doctor.trace.anchor import anchor
 from rlhf_doctor.trace.estimators import CLOSE, STILL, VALUES, Fit, Penalty, old_logp, reference_logp, temperatures
+from rlhf_doctor.trace.gains import critic_free
 from rlhf_doctor.trace.recover import masked, return_response
 from rlhf_doctor.trace.shaped import kl_in_loss, shaped_kl
 

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from rlhf_doctor.finding import Role
+from rlhf_doctor.trace.calls import Call
+from rlhf_doctor.trace.grown import gained
 from rlhf_doctor.trace.places import Placed, Places, place
 from rlhf_doctor.trace.runs import Run
 from rlhf_doctor.trace.sampler import bend_of
 from rlhf_doctor.trace.samples import Special, rest_of, without_filler
 from rlhf_doctor.trace.table import Table, _logp
-from rlhf_doctor.trace.taps import Call
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -121,48 +122,15 @@ def chains(calls: Sequence[Call], role: Role = "policy") -> list[Chain]:
         if call.with_grad or call.pooled:
             close()
             continue
-        gained = _gained(current, call) if current else None
-        if current and gained is None:
+        ids = call.ids.cpu().numpy()
+        step = gained(current[-1].ids.cpu().numpy(), ids, first=len(current) == 1) if current else None
+        if current and step is None:
             close()
-        if gained is not None:
-            steps.append(gained)
+        if step is not None:
+            steps.append(step)
         current.append(call)
     close()
     return found
-
-
-def _gained(chain: Sequence[Call], call: Call) -> tuple[Ints, Ints] | None:
-    """(token, column it was drawn in) of each row, if ``call`` is the last of the chain with a token more; else None.
-
-    A word alone stands beside a cache; after whole texts that grew it is another prompt.
-    """
-    before = chain[-1]
-    a, b = before.ids.cpu().numpy(), call.ids.cpu().numpy()
-    if a.shape[0] != b.shape[0]:
-        return None
-    last = np.full(len(a), a.shape[1] - 1)
-    if (
-        b.shape[1] == 1
-        and (len(chain) == 1 or a.shape[1] == 1)
-        and (a.shape[1] > 1 or before.columns.numel() == len(a))
-    ):
-        return b[:, -1], last
-    if b.shape[1] == a.shape[1] + 1 and np.array_equal(b[:, :-1], a):
-        return b[:, -1], last
-    wider = b.shape[1] - a.shape[1]
-    if wider not in (0, 1) or a.shape[1] < 2:
-        return None
-    apart = a != b[:, : a.shape[1]]
-    if apart.any() and int(apart.sum(1).max()) <= 1:  # filled in place; where rows grow, in the others
-        at = apart.argmax(1)
-        moved = apart.any(1) & (at > 0)
-        token, column = np.where(moved, b[np.arange(len(b)), at], -1), np.where(moved, at - 1, -1)
-        return (np.where(moved, token, b[:, -1]), np.where(moved, column, last)) if wider else (token, column)
-    if wider:
-        return None
-    if np.array_equal(b[:, :-1], a[:, 1:]):  # a window that slides
-        return b[:, -1], last
-    return None
 
 
 def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Draws:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rlhf_doctor.instruments.tracing import Traced
     from rlhf_doctor.setups import RLHFSetup
-    from rlhf_doctor.trace.taps import Change
+    from rlhf_doctor.trace.calls import Change
 
     Floats = NDArray[np.float64]
 

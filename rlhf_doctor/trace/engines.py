@@ -36,12 +36,8 @@ class Watcher(Recorder):
         for value in values:
             if not isinstance(value, Tensor):
                 continue
-            weight = value if isinstance(value, torch.nn.Parameter) else value._base
-            if (
-                isinstance(weight, torch.nn.Parameter)
-                and tuple(weight.shape) in self._shapes[id(table)]
-                and id(weight) not in self._owners
-            ):
+            weight = value if value._base is None else value._base
+            if weight.is_leaf and tuple(weight.shape) in self._shapes[id(table)] and id(weight) not in self._owners:
                 return {"policy"}
         return None
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rlhf_doctor.facts import Unavailable
-from rlhf_doctor.trace.advantage import critic_free, moved_share, trusted
+from rlhf_doctor.trace.gains import critic_free, moved_share, trusted
 from rlhf_doctor.trace.recover import masked
 from rlhf_doctor.trace.spans import left_out
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from rlhf_doctor.trace.taps import Lookup
+    from rlhf_doctor.trace.calls import Lookup
 
 __all__ = ["grid_of", "rows_of"]
 

@@ -11,12 +11,13 @@ import torch
 
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.trace import changes
+from rlhf_doctor.trace.calls import Change
 from rlhf_doctor.trace.keep import Snapshot
 from rlhf_doctor.trace.places import Placed
 from rlhf_doctor.trace.runs import Run, Stepper
 from rlhf_doctor.trace.spans import left_out
 from rlhf_doctor.trace.table import Table, tabulate
-from rlhf_doctor.trace.taps import Change, nearby
+from rlhf_doctor.trace.taps import nearby
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -133,6 +134,7 @@ def conduct(
         raise Broken("loop", f"{real.error}: it cannot be run again; watch it instead (rlhf-doctor watch)")
     found.noise = _noise(base, found.repeat, stepper.by_hand)
     found.reproducible = _same_samples(base, found.repeat, real) and max(found.noise.values(), default=0.0) <= NOISY
+    stepper.temperatures = (temperature,)  # what tokens were drawn at is asked of unchanged runs alone
     if found.reproducible and base.samples:
         windows = None if stepper.by_hand else _first_epoch(base)
         found.done = _Conductor(setup, temperature, stepper, base, found, windows, seed, progress).planned()

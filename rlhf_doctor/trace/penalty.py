@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.advantage import critic_free
+from rlhf_doctor.trace.calls import CANDIDATES
 from rlhf_doctor.trace.divergence import Divergence
 from rlhf_doctor.trace.estimators import VALUES, old_logp, reference_logp
+from rlhf_doctor.trace.gains import critic_free
 from rlhf_doctor.trace.recover import masked, return_response
 from rlhf_doctor.trace.shaped import shaped_leak
-from rlhf_doctor.trace.taps import CANDIDATES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rlhf_doctor.trace.calls import Call
 from rlhf_doctor.trace.samples import Sample, Special
-from rlhf_doctor.trace.taps import Call
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.advantage import coupled
+from rlhf_doctor.trace.gains import coupled
 from rlhf_doctor.trace.recover import masked
 
 if TYPE_CHECKING:

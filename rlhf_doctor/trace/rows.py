@@ -10,12 +10,12 @@ import numpy as np
 from rlhf_doctor.facts import Broken
 from rlhf_doctor.finding import Role
 from rlhf_doctor.trace import changes
+from rlhf_doctor.trace.calls import Change
 from rlhf_doctor.trace.interventions import Experiment, Experiments
 from rlhf_doctor.trace.recover import Recovered
 from rlhf_doctor.trace.runs import Stepper
 from rlhf_doctor.trace.spans import Spans, left_out, spans
 from rlhf_doctor.trace.table import Table, tabulate
-from rlhf_doctor.trace.taps import Change
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

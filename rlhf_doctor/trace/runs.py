@@ -13,8 +13,9 @@ import torch
 from rlhf_doctor.facts import Broken, raised_by_the_setup
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.instruments.models import generator_states, set_generators
+from rlhf_doctor.trace.calls import Call, Change, ScoredTexts
 from rlhf_doctor.trace.keep import Snapshot, run_kept
-from rlhf_doctor.trace.taps import Call, Change, Enough, Recorder, ScoredTexts
+from rlhf_doctor.trace.taps import Enough, Recorder
 
 if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlhf_doctor.instruments.drawing import Drawing, Drawn
+    from rlhf_doctor.trace.calls import Call
     from rlhf_doctor.trace.table import Table
-    from rlhf_doctor.trace.taps import Call
 
     Floats = NDArray[np.float64]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.taps import Call
+from rlhf_doctor.trace.calls import Call
+from rlhf_doctor.trace.grown import fed_tokens, gained
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 __all__ = [
-    "Sample", "Special", "continues", "encoded_prompts", "fed_tokens", "from_rows", "generated", "rest_of",
-    "split_generation", "stripped", "with_one_word", "without_filler",
+    "Sample", "Special", "continues", "encoded_prompts", "from_rows", "generated", "rest_of",
+    "split_generation", "with_one_word", "without_filler",
 ]  # fmt: skip
 
 RUN = 2  # pads in a row after which a response has surely ended; one may have been drawn
@@ -120,17 +120,7 @@ def split_generation(calls: Sequence[Call]) -> tuple[list[list[Call]], list[Call
 
 def continues(chain: Sequence[Call], call: Call) -> bool:
     """Whether a call has the texts of the chain's last one with at most a token more each."""
-    a, b = chain[-1].ids, call.ids
-    if a.shape[0] != b.shape[0]:
-        return False
-    if b.shape[1] == 1:  # a word beside a cache; after whole texts that grew, another prompt of one word
-        return len(chain) == 1 or a.shape[1] == 1
-    if a.shape[1] == 0 or b.shape[1] - a.shape[1] not in (0, 1):
-        return False
-    changed = (a != b[:, : a.shape[1]]).sum(1)
-    if b.shape == a.shape:  # a buffer that is filled in
-        return bool((changed <= 1).all() and changed.any())
-    return bool((changed <= 1).all() and (changed == 0).any())  # the longest rows grow by a column
+    return gained(chain[-1].ids.cpu().numpy(), call.ids.cpu().numpy(), first=len(chain) == 1) is not None
 
 
 def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[int, ...]] = ()) -> list[Sample]:
@@ -138,20 +128,13 @@ def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[i
 
     Loops that begin with the shortest prompt feed the rest of the others where tokens are drawn; ``known`` are whole.
     """
-    first = episode[0]
-    start = first.ids.cpu().numpy()
     fed = fed_tokens([c.ids.cpu().numpy() for c in episode])
-    mask = first.source.mask
-    kept = None
-    if mask is not None and mask.shape[0] == start.shape[0] and mask.shape[1] >= start.shape[1]:
-        kept = mask.cpu().numpy()[:, : start.shape[1]].astype(bool)
     found = []
-    for b, row in enumerate(start):
-        prompt = row[kept[b]] if kept is not None and kept[b].any() else stripped(row, special.pad)
-        given = rest_of(tuple(map(int, prompt)), fed[b], known)
+    for b, prompt in enumerate(_texts(episode[0], special)):
+        given = rest_of(prompt, fed[b], known)
         response, ended = _until_end(fed[b][given:], special.eos)
         whole = response if ended else without_filler(response, special.pad)
-        found.append(Sample((*map(int, prompt), *fed[b][:given]), whole, ended, ended or whole != response))
+        found.append(Sample((*prompt, *fed[b][:given]), whole, ended, ended or whole != response))
     return found
 
 
@@ -173,12 +156,26 @@ def with_one_word(
 
 
 def _texts(call: Call, special: Special) -> list[tuple[int, ...]]:
-    """The rows of a call without what is masked, or without pads."""
-    ids = call.ids.cpu().numpy()
-    mask = call.source.mask
-    kept = mask.cpu().numpy().astype(bool) if mask is not None and tuple(mask.shape) == ids.shape else None
-    rows = [stripped(row, special.pad) if kept is None else row[kept[b]] for b, row in enumerate(ids)]
-    return [tuple(map(int, row)) for row in rows]
+    """The rows of a call without what is masked, or without pads at their ends."""
+    rows = zip(call.ids.cpu().numpy(), _columns(call, special), strict=True)
+    return [tuple(map(int, row[columns])) for row, columns in rows]
+
+
+def _columns(call: Call, special: Special) -> list[Ints]:
+    """Where the tokens of each row's text are; a mask may have room for those that are still to be drawn."""
+    ids, mask = call.ids.cpu().numpy(), call.source.mask
+    width = ids.shape[1]
+    found = [_unpadded(row, special.pad) for row in ids]
+    if mask is not None and len(mask) == len(ids) and (mask.shape[1] == width or mask.shape[1] > width > 1):
+        kept = [np.flatnonzero(row) for row in mask[:, :width].cpu().numpy()]
+        return [shown if len(shown) else columns for shown, columns in zip(kept, found, strict=True)]
+    return found
+
+
+def _unpadded(row: Ints, pad: int | None) -> Ints:
+    """The columns of a row from the first token that is no pad to the last."""
+    real = np.flatnonzero(row != pad) if pad is not None else np.arange(len(row))
+    return np.arange(real[0], real[-1] + 1) if len(real) else np.arange(len(row))
 
 
 def without_filler(tokens: tuple[int, ...], pad: int | None) -> tuple[int, ...]:
@@ -204,30 +201,6 @@ def rest_of(prompt: tuple[int, ...], fed: Sequence[int], known: Sequence[tuple[i
     return max(longer, default=len(prompt)) - len(prompt)
 
 
-def fed_tokens(ids: Sequence[Ints]) -> list[list[int]]:
-    """The tokens that each row gained from call to call."""
-    fed: list[list[int]] = [[] for _ in ids[0]]
-    for before, now in itertools.pairwise(ids):
-        inner: list[int] = []
-        if now.shape[1] > 1 and now.shape[1] - before.shape[1] in (0, 1):
-            for b, column in zip(*np.nonzero(now[:, : before.shape[1]] != before), strict=True):
-                fed[b].append(int(now[b, column]))
-                inner.append(int(b))
-        if now.shape != before.shape or now.shape[1] == 1:
-            for b, token in enumerate(now[:, -1]):
-                if b not in inner:
-                    fed[b].append(int(token))
-    return fed
-
-
-def stripped(row: Ints, pad: int | None) -> Ints:
-    """A row without pads at its ends."""
-    if pad is None:
-        return row
-    real = np.flatnonzero(row != pad)
-    return row[real[0] : real[-1] + 1] if len(real) else row
-
-
 def _until_end(tokens: Iterable[Any], eos: frozenset[int]) -> tuple[tuple[int, ...], bool]:
     kept = []
     for token in tokens:
@@ -246,17 +219,14 @@ def from_rows(calls: Sequence[Call], setup: RLHFSetup, special: Special) -> list
         if call.role != "policy" or not call.backwards:
             continue
         ids = call.ids.cpu().numpy()
-        mask = call.source.mask
-        kept = mask.cpu().numpy().astype(bool) if mask is not None and tuple(mask.shape) == ids.shape else None
         weight = call.gradient["others"].cpu().numpy()
         rows, columns = call.rows.cpu().numpy(), call.columns.cpu().numpy()
-        for b, row in enumerate(ids):
-            start = int(np.flatnonzero(kept[b])[0]) if kept is not None and kept[b].any() else 0
-            real = row[kept[b]] if kept is not None and kept[b].any() else stripped(row, special.pad)
+        for b, real in enumerate(_columns(call, special)):
+            tokens = tuple(map(int, ids[b, real]))
             trained = columns[(rows == b) & (weight > 0)]
-            if tuple(map(int, real)) not in found:
-                found[tuple(map(int, real))] = len(first_trained)
-                first_trained.append(int(trained.min()) - start + 1 if len(trained) else -1)
+            if tokens not in found:
+                found[tokens] = len(first_trained)
+                first_trained.append(int(trained.min() - real[0]) + 1 if len(trained) else -1)
     samples = []
     for tokens, at in found.items():
         fitting = [p for p in prompts if tokens[: len(p)] == p]

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.advantage import trusted
 from rlhf_doctor.trace.estimators import (
     CLOSE,
     SLOPES,
@@ -26,6 +25,7 @@ from rlhf_doctor.trace.estimators import (
     reference_logp,
     temperatures,
 )
+from rlhf_doctor.trace.gains import trusted
 from rlhf_doctor.trace.groups import groups_of, weightings
 from rlhf_doctor.trace.recover import masked
 
@@ -39,7 +39,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Unit", "kl_in_loss", "lost_scores", "of_scores", "own_moves", "shaped_kl", "shaped_leak"]
+__all__ = [
+    "Unit", "kl_in_loss", "lost_scores", "of_scores", "own_moves", "score_reach", "shaped_kl", "shaped_leak", "to_go",
+]  # fmt: skip
 
 BASELINES = ("none", "batch", "group", "discounted")
 SAME = 3e-3  # of the moved weights: a simpler rule that leaves no more than this is taken
@@ -79,7 +81,7 @@ def of_scores(traced: Traced) -> Unit | None:
     if gamma is None:
         return None
     one, base = traced.experiments.done["one score"], traced.base
-    x = _reach(base, gamma) * one.amounts[:, None]
+    x = score_reach(base, gamma) * one.amounts[:, None]
     best: tuple[float, Unit] | None = None
     for whitened, beside in ((False, None), (True, None), *((True, name) for name in SLOPES)):
         if beside is not None and not base.has("ref_logp"):
@@ -127,7 +129,7 @@ def lost_scores(traced: Traced) -> Bools | None:
     left = []
     for reached in (np.ones(len(short), dtype=bool), ~short):
         live = np.where(reached, 1.0, 0.0)[:, None]
-        x = _reach(base, unit.gamma) * several.amounts[:, None] * live
+        x = score_reach(base, unit.gamma) * several.amounts[:, None] * live
         tried = []
         for baseline in BASELINES:
             shifts = [live * column for column in _shifts(base, baseline, unit.gamma, False)]
@@ -203,7 +205,7 @@ def _leaking(traced: Traced, changed: Experiment) -> Bools:
     return np.asarray(changed.touched & ~(inside if inside.ndim == 1 else inside.any(1)), dtype=bool)
 
 
-def _reach(base: Table, gamma: float) -> Floats:
+def score_reach(base: Table, gamma: float) -> Floats:
     """What of a response's score each of its tokens gets, (S, T)."""
     before = base.real[:, ::-1].cumsum(1)[:, ::-1] - 1
     return np.where(base.real, float(gamma) ** before, 0.0)
@@ -211,7 +213,7 @@ def _reach(base: Table, gamma: float) -> Floats:
 
 def _shifts(base: Table, baseline: str, gamma: float, whitened: bool) -> list[Floats]:
     """The columns of what a baseline, and the mean of a whitened batch, move together."""
-    whole = _reach(base, gamma) if baseline == "discounted" else np.ones(base.tokens.shape)
+    whole = score_reach(base, gamma) if baseline == "discounted" else np.ones(base.tokens.shape)
     found = _mean(base, whitened or baseline == "batch")
     groups = groups_of(base, None) if baseline in ("group", "discounted") else []
     for rows in groups:
@@ -271,7 +273,7 @@ def _fits(
     for name, value in VALUES.items():
         grown = np.nan_to_num(np.where(base.real, value(after) - value(before), 0.0))
         whole = np.broadcast_to(grown.sum(1, keepdims=True), grown.shape)
-        for x in (whole, _to_go(grown, unit.gamma)):
+        for x in (whole, to_go(grown, unit.gamma)):
             for share in (np.ones(len(lengths)), 1.0 / lengths):
                 found = _solve(traced, moved, unit.scale, x * share[:, None], shifts, unit.whitened, own)
                 if found is None:
@@ -407,7 +409,7 @@ def _own(base: Table, changed: Table, name: str, temperature: float) -> tuple[Fl
     return tuple(np.nan_to_num(np.where(base.real, x, 0.0)) for x in (now - was, was))  # type: ignore[return-value]
 
 
-def _to_go(each: Floats, gamma: float) -> Floats:
+def to_go(each: Floats, gamma: float) -> Floats:
     """Σ_(l≥0) γ^l x_(t+l), (S, T)."""
     found = each.copy()
     for t in range(found.shape[1] - 2, -1, -1):

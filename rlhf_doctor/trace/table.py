@@ -14,19 +14,19 @@ import numpy as np
 import torch
 
 from rlhf_doctor.finding import Role
+from rlhf_doctor.trace.calls import CANDIDATES, Call
+from rlhf_doctor.trace.grown import fed_tokens
 from rlhf_doctor.trace.places import Placed, Places, complete_samples, place
 from rlhf_doctor.trace.runs import Run
 from rlhf_doctor.trace.samples import (
     Sample,
     Special,
     encoded_prompts,
-    fed_tokens,
     from_rows,
     generated,
     split_generation,
     with_one_word,
 )
-from rlhf_doctor.trace.taps import CANDIDATES, Call
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

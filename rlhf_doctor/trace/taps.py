@@ -9,8 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +17,9 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.instruments.calling import pick
+from rlhf_doctor.trace.calls import Call, Change, Lookup, ScoredTexts
 from rlhf_doctor.trace.head_rows import grid_of, rows_of
 from rlhf_doctor.trace.listening import as_scores, eager, function_tapped, like, optimizers_tapped, replaced
-from rlhf_doctor.trace.packing import Unpacked, unpack
 from rlhf_doctor.trace.parts import (
     bodies,
     layers_without,
@@ -31,16 +29,14 @@ from rlhf_doctor.trace.parts import (
     token_table,
     vocabulary_heads,
 )
-from rlhf_doctor.trace.sampler import Shown, shown
+from rlhf_doctor.trace.reduced import Reducer
+from rlhf_doctor.trace.sampler import shown
 
 if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["CANDIDATES", "COLUMNS", "Call", "Change", "Enough", "Recorder", "ScoredTexts", "nearby"]
+__all__ = ["Enough", "Recorder", "nearby"]
 
-COLUMNS = 32  # vocabulary entries whose logits are kept for every row
-CANDIDATES = (-1, 0, 1, 2)  # offsets from a column to the tokens that may be its action; 1 is right
-CHUNK = 1 << 22  # logits that are reduced at once
 LOOKUPS = frozenset({torch.nn.functional.embedding, torch.embedding, torch.Tensor.__getitem__, torch.index_select})
 # They move rows about and compute none: what they give says where rows went, and not where they came from.
 MOVES = frozenset(
@@ -69,99 +65,6 @@ LISTENED = PROJECTIONS | LOOKUPS | DRAWS | PEAKS
 
 class Enough(BaseException):
     """Ends a step as soon as all that is wanted was seen; no ``except Exception`` of the loop catches it."""
-
-
-@dataclass(eq=False)
-class Lookup:
-    """The token ids (B, L) that a model's embedding was last given, with the mask and positions that came along."""
-
-    ids: Tensor
-    mask: Tensor | None = None
-    positions: Tensor | None = None
-    hidden: Tensor | None = None
-
-    @cached_property
-    def unpacked(self) -> tuple[Lookup, Unpacked] | None:
-        """The same with a text a row, where rows hold several."""
-        made = unpack(self.ids, self.positions, self.mask)
-        return None if made is None else (Lookup(made.ids, made.mask), made)
-
-
-@dataclass(eq=False)
-class Call:
-    """One output of a role's head: N rows, each a (row, column) of the ids that its model was given.
-
-    Where a row of ids holds several texts, ``source``, ``rows`` and ``columns`` have a text a row, and ``given`` is
-    what (rows, columns) were.
-
-    ``gradient`` holds what came back: for vocabulary heads the entry of greatest absolute gradient (``action``), its
-    gradient, the gradients at ``COLUMNS`` fixed entries and at the candidate tokens; for scalar heads ``gradient``
-    (N,) alone. ``window`` counts the optimizer steps on the role's parameters before the call.
-    """
-
-    role: Role
-    order: int
-    nth: int  # among the calls of its role
-    source: Lookup
-    rows: Tensor
-    columns: Tensor
-    with_grad: bool
-    training: bool
-    window: int
-    pooled: bool = False
-    scalar: Tensor | None = None  # (N,)
-    lse: dict[float, Tensor] = field(default_factory=dict)  # temperature -> (N,) log Σ exp(z/T)
-    entropy: Tensor | None = None  # (N,) at the declared temperature
-    at_columns: Tensor | None = None  # (N, COLUMNS) logits
-    candidates: Tensor | None = None  # (N, len(CANDIDATES)) token ids, -1 where there is none
-    at_candidates: Tensor | None = None  # (N, len(CANDIDATES)) logits
-    size: int = 0  # of the vocabulary
-    rounding: float = 2.0**-23  # relative, of the numbers that the head gave
-    tail: Tensor | None = None  # (K, V) logits whose action may not be among the ids: after the last, or before filler
-    tail_of: Tensor | None = None  # (K,) which of the N they are
-    likeliest: Tensor | None = None  # (K,) in place of ``tail`` once the next call has shown what was drawn
-    gradient: dict[str, Tensor] = field(default_factory=dict)
-    foreign: Role | None = None  # the head was given this other role's hidden states, bit for bit
-    weights: Tensor | None = None  # a few numbers of the role's parameters at the time, to see who has been updated
-    backwards: int = 0
-    drew: Tensor | None = None  # (B,) what was drawn from its last rows, where a draw was seen
-    shown: Shown | None = None  # what it was drawn from
-    handle: Any = None
-    read_from: Any = None  # a weak reference to the tensor
-    given: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def ids(self) -> Tensor:
-        """(B, L) token ids."""
-        return self.source.ids
-
-
-@dataclass(frozen=True)
-class ScoredTexts:
-    """One call of a reward function: its arguments as given and the scores (B,) that it returned."""
-
-    order: int
-    arguments: tuple[Any, ...]
-    scores: Tensor
-
-
-@dataclass(frozen=True)
-class Change:
-    """What to put in place of a role's output: (call, tensor, recorder) -> tensor, or None to leave it.
-
-    ``texts`` does the same to the list of scores of a reward function.
-    """
-
-    role: Role
-    apply: Callable[[Call, Tensor], Tensor | None]
-
-
-def _constant_from(ids: Tensor) -> Tensor:
-    """(B,) the column from which on a row (B, L) repeats one token, as where a loop gathers past the end."""
-    if ids.shape[1] == 1:
-        return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-    changes = ids[:, 1:] != ids[:, :-1]
-    return (changes.long() * torch.arange(1, ids.shape[1], device=ids.device)).amax(1)
 
 
 def _cut_from(head: Call, tensor: Tensor, batch: int) -> bool:
@@ -213,7 +116,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.setup = setup
-        self.temperatures = tuple(dict.fromkeys((*temperatures, 1.0)))
+        self.reducer = Reducer(temperatures)
         self.changes = tuple(changes)
         self.hold = hold
         self.last_window = last_window
@@ -241,10 +144,8 @@ class Recorder(TorchFunctionMode):
         self._count: dict[Role, int] = {}
         self._marks: dict[Role, list[Tensor]] = {}
         self._widths: set[int] = set()
-        self._room: tuple[Tensor, Tensor] | None = None
         self._vocabulary: int | None = None  # rows of the policy's table of tokens
         self._hushed: torch.nn.Module | None = None  # the layer that is being run
-        self._scored: set[bytes] = set()  # texts that the policy was seen to score
         for role in MODEL_ROLES:
             self._learn(role)
         self._climbed = {role for optimizer in setup.optimizers for role in self._maximised(optimizer)}
@@ -464,7 +365,7 @@ class Recorder(TorchFunctionMode):
             flat = output.detach()
             call.rounding = torch.finfo(flat.dtype).eps if flat.is_floating_point() else 0.0
             if call.role in ("policy", "reference"):
-                self._reduce_logits(call, flat.reshape(len(call.rows), -1))
+                self.reducer.logits(call, flat.reshape(len(call.rows), -1))
             else:
                 call.scalar = flat.reshape(-1).clone() if flat.numel() == len(call.rows) else None
         if output.requires_grad:
@@ -472,99 +373,14 @@ class Recorder(TorchFunctionMode):
             def caught(gradient: Tensor, call: Call = call) -> None:
                 with torch.no_grad(), torch._C.DisableTorchFunction():
                     call.backwards += 1
-                    self._reduce_gradient(call, gradient.detach())
+                    self.reducer.gradient(call, -gradient if call.role in self._climbed else gradient)
 
             call.handle = output.register_hook(caught)  # type: ignore[no-untyped-call]
-
-    def _reduce_logits(self, call: Call, logits: Tensor) -> None:
-        size, device = logits.shape[1], logits.device
-        call.size = size
-        fixed = torch.linspace(0, size - 1, min(COLUMNS, size), device=device).round().long()
-        ids, length = call.ids.to(device), call.ids.shape[1]
-        rows, columns = call.rows.to(device), call.columns.to(device)
-        tokens = []
-        for offset in CANDIDATES:
-            at = columns + offset
-            known = (at >= 0) & (at < length)
-            token = ids[rows, at.clamp(0, length - 1)]
-            tokens.append(torch.where(known & (token < size) & (token >= 0), token, -1))
-        call.candidates = torch.stack(tokens, 1)
-        call.at_candidates = logits.gather(1, call.candidates.clamp(min=0)).float()
-        call.at_columns = logits[:, fixed].float()
-        wanted = self.temperatures if self._may_be_drawn(call) else tuple(dict.fromkeys((self.temperatures[0], 1.0)))
-        pieces: dict[float, list[Tensor]] = {t: [] for t in wanted}
-        entropies = []
-        room = self._room  # used again for every piece: new memory costs more than the sums
-        for piece in logits.split(max(1, CHUNK // size)):  # type: ignore[no-untyped-call]
-            z = piece.float() if piece.dtype != torch.float64 else piece
-            if room is None or room[0].numel() < z.numel() or room[0].dtype != z.dtype or room[0].device != z.device:
-                room = self._room = torch.empty_like(z).view(-1), torch.empty_like(z).view(-1)
-            first, second = (x[: z.numel()].view(z.shape) for x in room)
-            peak = z.amax(-1)
-            peak = torch.where(peak.isfinite(), peak, 0.0)
-            below = torch.sub(z, peak[:, None], out=first)
-            for i, t in enumerate(wanted):
-                odds = torch.mul(below, 1 / t, out=second).exp_()
-                total = odds.sum(-1)
-                pieces[t].append(peak / t + total.log())
-                if i == 0 and call.role == "policy":
-                    mean = torch.einsum("rv,rv->r", odds, below)
-                    if bool(mean.isnan().any()):  # logits of minus infinity, as filters set them
-                        mean = torch.nan_to_num(odds * below, nan=0.0).sum(-1)
-                    entropies.append(total.log() - mean / total / t)
-        call.lse = {t: torch.cat(found) for t, found in pieces.items()}
-        call.entropy = torch.cat(entropies) if entropies else None
-        end = _constant_from(ids)[rows]
-        last = ((columns == length - 1) | (columns == end) | (columns == end + 1)).nonzero()[:, 0]
-        if len(last):
-            call.tail, call.tail_of = logits[last].clone(), last
-
-    def _may_be_drawn(self, call: Call) -> bool:
-        """Whether tokens of these texts may have been drawn at a temperature that no one has declared.
-
-        They are the policy's from before its first update, and once is enough for each text.
-        """
-        if call.role != "policy" or call.window:
-            return False
-        rows = set(map(bytes, call.ids.cpu().numpy()))
-        if call.with_grad and rows <= self._scored:
-            return False
-        if len(call.rows) > len(call.ids):  # more than the next token's logits
-            self._scored |= rows
-        return True
 
     def _maximised(self, optimizer: Any) -> set[Role]:
         """Roles whose loss an optimizer climbs: it is read as minus that loss, descended."""
         groups = [group for group in getattr(optimizer, "param_groups", ()) if group.get("maximize")]
         return set[Role]().union(*(self._owners.get(id(p), set()) for group in groups for p in group["params"]))
-
-    def _reduce_gradient(self, call: Call, gradient: Tensor) -> None:
-        kept = call.gradient
-        gradient = -gradient if call.role in self._climbed else gradient
-        if call.role not in ("policy", "reference"):
-            flat = gradient.reshape(-1)
-            if flat.numel() == len(call.rows):
-                kept["scalar"] = kept["scalar"] + flat if "scalar" in kept else flat.clone()
-            return
-        assert call.candidates is not None
-        g = gradient.reshape(len(call.rows), -1)
-        fixed = torch.linspace(0, g.shape[1] - 1, min(COLUMNS, g.shape[1]), device=g.device).round().long()
-        actions, peaks, sums = [], [], []
-        for piece in g.split(max(1, CHUNK // g.shape[1])):  # type: ignore[no-untyped-call]
-            (high, at_high), (low, at_low) = piece.max(-1), piece.min(-1)
-            up = high >= -low
-            actions.append(torch.where(up, at_high, at_low))
-            peaks.append(torch.where(up, high, low))
-            sums.append(torch.linalg.vector_norm(piece, 1, dim=-1) - torch.where(up, high, -low))
-        new = {
-            "action": torch.cat(actions),
-            "at_action": torch.cat(peaks).float(),
-            "others": torch.cat(sums).float(),
-            "at_columns": g[:, fixed].float(),
-            "at_candidates": g.gather(1, call.candidates.clamp(min=0)).float(),
-        }
-        for name, value in new.items():  # a second backward pass through the same output adds to the first
-            kept[name] = kept[name] + value if name in kept and name != "action" else value
 
     # ---- whole forwards ----------------------------------------------------------------------------------------
 

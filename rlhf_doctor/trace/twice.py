@@ -11,8 +11,8 @@ import numpy as np
 from rlhf_doctor.finding import MODEL_ROLES, Role
 
 if TYPE_CHECKING:
+    from rlhf_doctor.trace.calls import Call, ScoredTexts
     from rlhf_doctor.trace.runs import Run
-    from rlhf_doctor.trace.taps import Call, ScoredTexts
 
 __all__ = ["Difference", "dropout_at_work", "dropout_rates", "first_difference", "has_dropout"]
 

@@ -8,18 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_doctor.trace.advantage import advantages_by_definition, discount, trusted
+from rlhf_doctor.facts import Unavailable
+from rlhf_doctor.trace.advantage import advantages_by_definition
+from rlhf_doctor.trace.estimators import VALUES, old_logp, reference_logp
+from rlhf_doctor.trace.gains import discount, trusted
+from rlhf_doctor.trace.groups import groups_of
 from rlhf_doctor.trace.recover import _line, masked
+from rlhf_doctor.trace.shaped import of_scores, score_reach, to_go
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rlhf_doctor.instruments.tracing import Traced
+    from rlhf_doctor.trace.divergence import Divergence
+    from rlhf_doctor.trace.table import Table
 
     Floats = NDArray[np.float64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Whitening", "whitening"]
+__all__ = ["Whitening", "each_response", "shaped_returns", "whitening"]
 
 STRAIGHT = 2e-3  # misfit over the range: float32 leaves 1e-5
 FEW = 4  # tokens: a line through fewer says little
@@ -54,11 +61,20 @@ class _Part:
     rows: int
 
 
-def whitening(traced: Traced, declared: Mapping[str, Any]) -> Whitening:
-    """Which tokens' mean was taken off the advantages, and by what they were divided."""
+def whitening(
+    traced: Traced, declared: Mapping[str, Any], raw: Floats | None = None, scale: Floats | None = None
+) -> Whitening:
+    """Which tokens' mean was taken off the advantages, and by what they were divided.
+
+    Args:
+        traced: of the setup's step.
+        declared: the setup's options.
+        raw: (S, T) advantages before they were whitened; None: the critic's targets less its values.
+        scale: (S,) how a row's tokens are weighted; None: as the critic shows it.
+    """
     base, made = traced.base, traced.recovered
-    raw = masked(base, made.raw_advantages)
-    weight = masked(base, base["weight"]) / made.row_scale[:, None]
+    raw = masked(base, made.raw_advantages) if raw is None else raw
+    weight = masked(base, base["weight"]) / (made.row_scale if scale is None else scale)[:, None]
     seen = np.isfinite(raw) & np.isfinite(weight) & trusted(traced)[:, None]
     windows = [seen & (base["window"] == w) for w in np.unique(base["window"][seen])]
     parts = _parts(windows, raw, weight)
@@ -79,6 +95,55 @@ def whitening(traced: Traced, declared: Mapping[str, Any]) -> Whitening:
     return Whitening(
         "unknown" if taken is None else "pieces", np.nan if taken is None else taken, mean, deviation, count
     )
+
+
+def each_response(traced: Traced) -> int:
+    """In how many responses the weights, which differ from token to token, add up to 0; 0 unless in all of them."""
+    weight = np.where(trusted(traced)[:, None], masked(traced.base, traced.base["weight"]), np.nan)
+    rows = [row[np.isfinite(row)] for row in weight]
+    rows = [row for row in rows if len(row) > 2 and np.ptp(row) > CLOSE * np.abs(row).max()]
+    even = all(abs(row.sum()) < STRAIGHT * np.abs(row).sum() for row in rows)
+    return len(rows) if even and len(rows) > 2 else 0
+
+
+def shaped_returns(traced: Traced, terms: Divergence) -> tuple[Floats, Floats]:
+    """Advantages before whitening and the rows' weighting, of a loop without a critic that whitens over the batch.
+
+    They are the discounted scores, less the mean of their group where one is taken off, less the measured KL.
+
+    Raises:
+        Unavailable: the loop is none of that kind, or nothing of the kind explains the weights.
+    """
+    base, unit = traced.base, of_scores(traced)
+    if unit is None or not unit.whitened or unit.baseline == "discounted":
+        raise Unavailable("needs a critic, or a batch without one that is whitened: groups are normalised elsewhere")
+    weight = np.where(trusted(traced)[:, None], masked(base, base["weight"]), np.nan) / unit.scale[:, None]
+    fit = terms.reward.best if terms.reward is not None and terms.reward.there else None
+    kl = np.zeros(base.tokens.shape)
+    if fit is not None:
+        kl = fit.coefficient * VALUES[fit.estimator](old_logp(base) - reference_logp(base, fit.temperature))
+        kl = np.nan_to_num(np.where(base.real, kl, 0.0))
+    for scores in _relative(base, unit.baseline):
+        for part in (to_go(kl, unit.gamma), np.broadcast_to(kl.sum(1, keepdims=True), kl.shape)):
+            raw = np.where(base.real, score_reach(base, unit.gamma) * scores[:, None] - part, np.nan)
+            known = np.isfinite(raw) & np.isfinite(weight)
+            lines = _parts([known & (base["window"] == w) for w in np.unique(base["window"][known])], raw, weight)
+            if lines and all(line.misfit < STRAIGHT for line in lines):
+                return raw, unit.scale
+    raise Unavailable("needs weights that scores and a KL explain, up to whitening")
+
+
+def _relative(base: Table, baseline: str) -> Iterator[Floats]:
+    """(S,) scores as they are, or less the mean of their group's, or of the others in it."""
+    if baseline != "group":
+        yield base.scores
+        return
+    for alone in (False, True):
+        scores = base.scores.copy()
+        for rows in groups_of(base, None):
+            n = len(rows)
+            scores[rows] = (scores[rows] - scores[rows].mean()) * (n / (n - 1) if alone and n > 1 else 1.0)
+        yield scores
 
 
 def _in_pieces(traced: Traced, raw: Floats, windows: list[Bools], every: Floats | None) -> float | None:

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from rlhf_doctor.trace.grown import fed_tokens
 from rlhf_doctor.trace.parts import token_table
-from rlhf_doctor.trace.samples import Special, continues, fed_tokens, rest_of, without_filler
+from rlhf_doctor.trace.samples import Special, continues, rest_of, without_filler
 from rlhf_doctor.trace.taps import _cut_from
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf_doctor.trace.calls import Call, Lookup
 from rlhf_doctor.trace.places import Places, complete_samples
 from rlhf_doctor.trace.samples import Sample, Special, split_generation
-from rlhf_doctor.trace.taps import Call, Lookup
 
 SPECIAL = Special(0, frozenset({2}))
 

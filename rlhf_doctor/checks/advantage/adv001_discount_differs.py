@@ -53,22 +53,22 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/verl-project/verl/issues/7278. Tolerance 0.004: float32 leaves 0.0001, and 0.99 is told
         from 1. Where the readings scatter more, or need a lambda above 1, nothing is said here.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import gains
     from rlhf_doctor.trace.apart import rates_apart
 
     gamma, lam = number(setup.declared.get("gamma")), number(setup.declared.get("lam"))
     if gamma is None and lam is None:
         raise Unavailable("needs gamma and lam to be declared")
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         yield from _without_a_critic(traced, gamma, plain_name(setup.declared.get("algorithm")))
         return
-    if not advantage.follows(traced.recovered):
+    if not gains.follows(traced.recovered):
         other = rates_apart(traced, setup.declared)
         if other is not None:
             yield _of_the_policy(other, setup.declared)
             return
         raise Unavailable("needs a policy that is trained with the returns less the values, up to whitening")
-    found = advantage.discount(traced, "policy")
+    found = gains.discount(traced, "policy")
     if found.product is None:
         raise Unavailable("needs a response of two tokens whose changed score or value moves the policy's gradient")
     if not found.sound:
@@ -78,7 +78,7 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
         ("gamma", gamma, found.gamma),
         ("lambda", lam, found.lam),
     ]
-    tolerance = 2 * advantage.PRECISE
+    tolerance = 2 * gains.PRECISE
     told = [(n, said, seen) for n, said, seen in pairs if said is not None and seen is not None]
     if not told:
         raise Unavailable("needs gamma and lam to be declared")
@@ -107,14 +107,14 @@ def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
 
 def _without_a_critic(traced: Traced, gamma: float | None, algorithm: str) -> Iterator[Finding]:
     """A score reaches all tokens of its response alike, or those before the last one discounted, as in REINFORCE++."""
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import gains
     from rlhf_doctor.trace.shaped import of_scores
 
     unit = of_scores(traced)
     whole = unit is not None and unit.gamma == 1 and not algorithm.startswith("reinforce")
     if gamma is None or unit is None or (whole and gamma != 1):
         raise Unavailable("needs a critic, or advantages without one that are sums of rewards from a token on")
-    tolerance = 2 * advantage.PRECISE
+    tolerance = 2 * gains.PRECISE
     if abs(unit.gamma - gamma) > tolerance:
         evidence = Evidence(
             "gamma, from how a changed score moves neighbouring tokens", f"{gamma:.4g}", f"{unit.gamma:.4g}",

@@ -12,7 +12,7 @@ from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.instruments.tracing import Traced
 
 if TYPE_CHECKING:
-    from rlhf_doctor.trace.advantage import Placement
+    from rlhf_doctor.trace.arrival import Placement
 
 
 @check(
@@ -50,14 +50,14 @@ def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/huggingface/trl/issues/3750 (one slot after the end, a port that is right as long as mask and
         value keep the slot). Tolerance 0.01 of a unit of the score; float32 leaves 0.0001.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import arrival, gains
 
     gamma, lam = number(setup.declared.get("gamma")), number(setup.declared.get("lam"))
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         gamma, lam = 1.0 if gamma is None else gamma, 1.0
     declared = None if gamma is None or lam is None else gamma * lam
-    found = advantage.placement(traced, declared)
-    if advantage.critic_free(traced) and found.kind in ("last", "unknown"):
+    found = arrival.placement(traced, declared)
+    if gains.critic_free(traced) and found.kind in ("last", "unknown"):
         found = _lost(traced) or _spread(traced, declared) or found
     if found.kind == "last":
         return
@@ -87,7 +87,7 @@ def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
         evidence=(
             Evidence(
                 f"change of the {length} tokens' advantages for one unit of the score, without their common scale"
-                if advantage.critic_free(traced)
+                if gains.critic_free(traced)
                 else f"change of the {length} tokens' advantages for one unit of the score",
                 "1 at the last token, times gamma · lambda for each token before it",
                 shown,
@@ -102,7 +102,7 @@ def _lost(traced: Traced) -> Placement | None:
     """Without a critic, scores in the last column of a batch whose shorter rows are masked there."""
     import numpy as np
 
-    from rlhf_doctor.trace.advantage import Placement
+    from rlhf_doctor.trace.arrival import Placement
     from rlhf_doctor.trace.shaped import lost_scores
 
     short = lost_scores(traced)
@@ -115,7 +115,7 @@ def _lost(traced: Traced) -> Placement | None:
 
 def _spread(traced: Traced, decay: float | None) -> Placement | None:
     """Without a critic, scores on every token of a batch that is whitened afterwards."""
-    from rlhf_doctor.trace.advantage import Placement, entry
+    from rlhf_doctor.trace.arrival import Placement, entry
     from rlhf_doctor.trace.shaped import own_moves
 
     moved = own_moves(traced)

@@ -48,9 +48,9 @@ def padding_leaks_into_advantages(traced: Traced) -> Iterator[Finding]:
         https://github.com/verl-project/verl/pull/2337 (tokens that are not the policy's). Tolerance 0.0001 of what is
         added: a masked slot leaves exactly 0, and a recursion over pads γ(1-λ), some hundredths.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import advantage, gains
 
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         raise Unavailable("needs a critic: without one advantages are not summed over tokens")
     moved = advantage.leaks(traced)
     worst = int(moved.argmax())

@@ -30,10 +30,11 @@ TOLERANCE = 0.01
     severity=Severity.WARNING,
     after=("ADV002", "ADV003", "ADV005", "ADV006", "ADV007", "ADV008", "ADV009"),
 )
-def whitening_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
+def whitening_wrong(traced: Traced, setup: Any, kl_terms: Any) -> Iterator[Finding]:
     """
     What it examines:
-        The policy's gradient gives what each token is trained with, the critic's the returns. The one should be a line
+        The policy's gradient gives what each token is trained with, the critic's the returns; without a critic they are
+        the discounted scores less the KL in them. The one should be a line
         of return - value, less the mean over all response tokens of the batch, over their standard deviation. Which
         tokens the mean was taken over is found by comparison: all, those of a micro-batch, of a response, of a part of
         the width. Each minibatch by itself is info.
@@ -59,17 +60,21 @@ def whitening_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/THUDM/slime/pull/2235. Tolerance 0.01 of a standard deviation; float32 leaves 0.0001. Where
         return - value does not explain the gradient, nothing is said.
     """
-    from rlhf_doctor.trace import advantage
-    from rlhf_doctor.trace.whitening import whitening
+    from rlhf_doctor.trace import gains
+    from rlhf_doctor.trace.whitening import each_response, shaped_returns, whitening
 
     declared = setup.declared.get("whiten_advantages")
     if declared is False:
         raise Unavailable("needs whiten_advantages, which is declared as false")
-    if advantage.critic_free(traced):
-        raise Unavailable("needs a critic: critic-free algorithms normalise in groups")
-    if not traced.recovered.fits:
+    if gains.critic_free(traced):
+        if rows := each_response(traced):
+            yield _in_each_response(rows)
+            return
+        found = whitening(traced, setup.declared, *shaped_returns(traced, kl_terms))
+    elif traced.recovered.fits:
+        found = whitening(traced, setup.declared)
+    else:
         raise Unavailable(traced.recovered.reasons.get("advantages", "needs a critic and a policy that are trained"))
-    found = whitening(traced, setup.declared)
     if found.kind == "unknown":
         raise Unavailable("needs advantages that are the returns less the values, up to whitening")
     level = abs(found.mean) / found.deviation if found.deviation else 0.0
@@ -90,6 +95,22 @@ def whitening_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
                 f"{found.taken:.4g}",
                 f"{TOLERANCE:g} standard deviations",
                 where="the policy's gradient beside the critic's",
+            ),
+        ),
+    )
+
+
+def _in_each_response(rows: int) -> Finding:
+    return Finding(
+        SAID["row"] + " Take off the mean of the batch's response tokens and divide by their deviation.",
+        role="loop",
+        confidence=Confidence.MEASURED,
+        evidence=(
+            Evidence(
+                "responses whose tokens' advantages add up to 0",
+                "none but by chance",
+                f"all {rows}",
+                where="the policy's gradient",
             ),
         ),
     )
@@ -139,3 +160,17 @@ def _(healthy: Any) -> Any:
         settings={"whiten_advantages": False},
         declared={"whiten_advantages": True},
     )
+
+
+@whitening_wrong.fault("without a critic, over the slots after the responses too")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import leave_one_out
+
+    return leave_one_out.setup(healthy, leave_one_out.Returns(whitened=True, over="slots"), whiten_advantages=True)
+
+
+@whitening_wrong.fault("without a critic, each response by itself")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import leave_one_out
+
+    return leave_one_out.setup(healthy, leave_one_out.Returns(whitened=True, over="rows"), whiten_advantages=True)

@@ -50,12 +50,12 @@ def bootstrap_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/deepspeedai/DeepSpeedExamples/pull/672; ended and cut episodes confused:
         https://github.com/pytorch/rl/pull/2773. Tolerance 0.01 of a unit of V, 100 times what float32 leaves.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import advantage, gains
     from rlhf_doctor.trace.apart import bootstrap_apart
 
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         raise Unavailable("needs a critic: without one nothing bootstraps")
-    found = advantage.discount(traced, "policy")
+    found = gains.discount(traced, "policy")
     odd = advantage.recursion(traced)
     if odd is not None:
         shown = ", ".join(f"{g:.3g}" for g in odd.gain[: odd.at + 1])

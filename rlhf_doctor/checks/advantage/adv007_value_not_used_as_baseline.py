@@ -43,9 +43,9 @@ def value_not_used_as_baseline(traced: Traced) -> Iterator[Finding]:
         credit to single tokens: https://github.com/hpcaitech/ColossalAI/issues/3374. Tolerance 0.02 of what the same
         change of the score does; float32 leaves 0.0001, and a baseline moves it by 1.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import advantage, gains
 
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         raise Unavailable("needs a critic: critic-free algorithms have another baseline")
     seen = advantage.baseline(traced)
     if seen is None:
@@ -77,13 +77,13 @@ def _of_one_pass(traced: Traced) -> Iterator[Finding]:
     """Where values are computed in the update alone, as in A2C: whether they move the policy's weights."""
     import numpy as np
 
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import gains
 
     pushed, base = traced.experiments.done.get("update values"), traced.base
     if pushed is None or base.has("old_value") or not base.has("weight"):
         raise Unavailable("needs a changed rollout value and a changed score, and what they do to the policy")
-    share = advantage.moved_share(traced, "update values")
-    if share.max(initial=0.0) > advantage.STILL:
+    share = gains.moved_share(traced, "update values")
+    if share.max(initial=0.0) > gains.STILL:
         return
     yield Finding(
         "Changing the critic's values changes no advantage: the critic is not the policy's baseline. Train the policy "
@@ -95,7 +95,7 @@ def _of_one_pass(traced: Traced) -> Iterator[Finding]:
                 "move of the policy's weights with all values, of the largest weight",
                 "other than 0",
                 f"{share.max(initial=0.0):.2g}",
-                f"{advantage.STILL:g}",
+                f"{gains.STILL:g}",
                 where=f"{int(np.isfinite(base['weight'][base.real]).sum())} response tokens",
             ),
         ),

@@ -42,9 +42,9 @@ def reward_not_reaching_policy(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/verl-project/verl/issues/7278 (a return that is reset before it arrives). Tolerance 0.00001
         of the largest gradient: a score that is not used leaves exactly 0.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import arrival
 
-    found = advantage.reach(traced, setup.declared)
+    found = arrival.reach(traced, setup.declared)
     quantity = "largest change of the policy's gradient when scores change, over its largest entry"
     if found.none and not (found.known.any() and found.dead[found.known].all() and found.arrives):
         who = "the policy, though the critic is trained on it" if (found.known & ~found.dead).any() else "the policy"

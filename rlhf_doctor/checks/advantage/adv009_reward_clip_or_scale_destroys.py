@@ -12,7 +12,7 @@ from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.instruments.tracing import Traced
 
 if TYPE_CHECKING:
-    from rlhf_doctor.trace.advantage import Reach
+    from rlhf_doctor.trace.arrival import Reach
 
 HALF = 0.5
 FEW = 2
@@ -54,11 +54,11 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
         what its score does; float32 leaves 0.0001. A few cut outliers are what a clip is for: half is none, nor
         are two whose scores are below half of the declared clip.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import arrival, gains
 
-    found = advantage.reach(traced, setup.declared)
+    found = arrival.reach(traced, setup.declared)
     known, dead = int(found.known.sum()), int((found.dead & found.known).sum())
-    if advantage.critic_free(traced):
+    if gains.critic_free(traced):
         lost = found.none and found.arrives
     else:
         if not known:
@@ -98,11 +98,11 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
 
 def _within_the_clip(traced: Traced, found: Reach, clip: float | None) -> int:
     """Finished samples that do not answer to a score which the declared clip would leave, where others count whole."""
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import gains
 
-    if not clip or advantage.critic_free(traced) or not found.arrives:
+    if not clip or gains.critic_free(traced) or not found.arrives:
         return 0
-    whole = [row for row in advantage.score_gains(traced, "target") if abs(row.gain[-1] - 1) < NEAR]
+    whole = [row for row in gains.score_gains(traced, "target") if abs(row.gain[-1] - 1) < NEAR]
     inside = [s.ended and abs(x) < HALF * clip for s, x in zip(traced.base.samples, traced.base.scores, strict=True)]
     return int((found.dead & found.known & inside).sum()) if len(whole) >= FEW else 0
 

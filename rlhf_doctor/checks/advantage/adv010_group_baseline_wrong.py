@@ -51,12 +51,12 @@ def group_baseline_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
         https://github.com/verl-project/verl/pull/6310. Tolerance 0.002 of the group's absolute sum, under the weighting
         of rows that comes nearest 0: float32 leaves 0.00001.
     """
-    from rlhf_doctor.trace import advantage
+    from rlhf_doctor.trace import gains
     from rlhf_doctor.trace.groups import baselines
 
     algorithm = str(setup.declared.get("algorithm") or "").lower()
     size = number(setup.declared.get("group_size"))
-    if not advantage.critic_free(traced):
+    if not gains.critic_free(traced):
         raise Unavailable("needs a critic-free algorithm: with a critic the baseline is its value")
     if not any(name in algorithm for name in GROUPED) and not (size and size > 1):
         raise Unavailable("needs algorithm grpo or rloo, or a group_size, to be declared")
