@@ -11,9 +11,10 @@ import numpy as np
 from rlhf_doctor.trace.calls import CANDIDATES
 from rlhf_doctor.trace.divergence import Divergence
 from rlhf_doctor.trace.estimators import VALUES, old_logp, reference_logp
-from rlhf_doctor.trace.gains import critic_free
+from rlhf_doctor.trace.gains import critic_free, trusted
+from rlhf_doctor.trace.groups import groups_of
 from rlhf_doctor.trace.recover import masked, return_response
-from rlhf_doctor.trace.shaped import shaped_leak
+from rlhf_doctor.trace.shaped import of_scores, shaped_leak
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,7 +65,7 @@ class Leak:
 
 
 def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> Surplus:
-    """Read the reward at the last token of every response off the critic's target there."""
+    """Read the reward at the last token of every response off the critic's target there, or off the weights."""
     base, found = traced.base, traced.recovered
     lengths = base.real.sum(1)
     rows, last = np.arange(len(lengths)), np.maximum(lengths - 1, 0)
@@ -81,6 +82,10 @@ def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> S
     def said(reason: str) -> Surplus:
         return Surplus(nothing, score, ended, wide - lengths, found.gamma_lam, reason)
 
+    if critic_free(traced) and declared.get("missing_eos_penalty"):
+        amount = _of_weights(traced, score, ended, float(declared["missing_eos_penalty"]))
+        if amount is not None:
+            return Surplus(amount, score, ended, wide - lengths, None)
     if moved is None or not np.isfinite(found.returns).any():
         reasons = traced.experiments.reasons
         missing = reasons.get("all scores") or found.reasons.get("returns") or reasons.get("*")
@@ -103,30 +108,57 @@ def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> S
         amount = np.where(np.isfinite(amount) | ~(np.abs(gain - decay) < NEAR), amount, later)
     if not np.isfinite(amount).any():
         penalty = declared.get("missing_eos_penalty")
-        scaled = _of_scaled(target, score, ended, lengths, float(penalty)) if penalty else None
+        level = np.ones((len(score), 1))
+        scaled = _of_scaled(target, score, ended, lengths, float(penalty), level) if penalty else None
         if scaled is None:
             return said("the scores are scaled or placed elsewhere on their way to the rewards")
         amount = scaled
     return Surplus(amount, score, ended, wide - lengths, decay)
 
 
-def _of_scaled(target: Floats, score: Floats, ended: Bools, lengths: Ints, penalty: float) -> Floats | None:
+def _of_weights(traced: Traced, score: Floats, ended: Bools, penalty: float) -> Floats | None:
+    """The same from the weights of the last tokens, in a loop without a critic that takes off means and no more."""
+    base, unit = traced.base, of_scores(traced)
+    if unit is None or unit.baseline == "discounted":
+        return None
+    lengths = base.real.sum(1)
+    last = np.maximum(lengths - 1, 0)
+    weight = (masked(base, base["weight"]) / unit.scale[:, None])[np.arange(len(last)), last]
+    groups = groups_of(base, None) if unit.baseline == "group" else [list(range(len(score)))]
+    level = np.zeros((len(score), len(groups)))
+    for column, rows in enumerate(groups):
+        level[rows, column] = 1.0
+    known = trusted(traced) & np.isfinite(weight)
+    seen = level[known][:, level[known].any(0)]
+    made = _of_scaled(weight[known], score[known], ended[known], lengths[known], penalty, seen)
+    if made is None:
+        return None
+    found = np.full(len(score), np.nan)
+    found[known] = made
+    return found
+
+
+def _of_scaled(
+    target: Floats, score: Floats, ended: Bools, lengths: Ints, penalty: float, level: Floats
+) -> Floats | None:
     """What was added to each score before all were scaled and shifted together; None where no simple rule fits.
 
     A rule says who loses the penalty: those that did not end, those too that are shorter than the longest, or none.
-    Under the right one rewards lie on a plane over the scores and that, with the penalty's ratio of slopes.
+    Under the right one rewards lie on a plane over the scores and that, with the penalty's ratio of slopes; ``level``
+    (S, G) are the rows that share a constant.
     """
-    if not (np.isfinite(target) & np.isfinite(score)).all() or len(score) < 6 or ended.all() or not ended.any():
+    few = len(score) < 5 + level.shape[1]
+    if not (np.isfinite(target) & np.isfinite(score)).all() or few or ended.all() or not ended.any():
         return None
     full, none = lengths == lengths.max(), np.zeros(len(score), dtype=bool)
     fits: list[tuple[float, Floats]] = []
     for flag in (~ended, ~(full & ended), none):  # taken from the ended alone is a bonus to the others, and a shift
-        columns = [score, np.ones(len(score)), *([flag.astype(float)] if flag.any() else [])]
-        solved, *_ = np.linalg.lstsq(np.stack(columns, 1), target, rcond=None)
-        left = float(np.abs(np.stack(columns, 1) @ solved - target).max()) / max(float(np.ptp(target)), 1e-12)
-        right = not flag.any() or (solved[0] and abs(abs(solved[2] / solved[0] / penalty) - 1) < NEAR)
+        columns = np.stack([score, flag.astype(float), *level.T], 1)
+        solved, *_ = np.linalg.lstsq(columns, target, rcond=None)
+        left = float(np.abs(columns @ solved - target).max()) / max(float(np.ptp(target)), 1e-12)
+        right = not flag.any() or (solved[0] and abs(abs(solved[1] / solved[0] / penalty) - 1) < NEAR)
         if right and flag.sum() < len(flag) - 1:
-            sign = np.sign(solved[2] / solved[0]) if flag.any() else 0.0
+            sign = np.sign(solved[1] / solved[0]) if flag.any() else 0.0
             fits.append((left, flag * sign * abs(penalty)))
     best = min(fits, key=lambda fit: fit[0], default=None)
     return best[1] if best is not None and best[0] < PLANE else None

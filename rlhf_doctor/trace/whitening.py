@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.facts import Unavailable
+from rlhf_doctor.instruments.rates import number
 from rlhf_doctor.trace.advantage import advantages_by_definition
 from rlhf_doctor.trace.estimators import VALUES, old_logp, reference_logp
 from rlhf_doctor.trace.gains import discount, trusted
@@ -106,10 +107,11 @@ def each_response(traced: Traced) -> int:
     return len(rows) if even and len(rows) > 2 else 0
 
 
-def shaped_returns(traced: Traced, terms: Divergence) -> tuple[Floats, Floats]:
+def shaped_returns(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> tuple[Floats, Floats]:
     """Advantages before whitening and the rows' weighting, of a loop without a critic that whitens over the batch.
 
-    They are the discounted scores, less the mean of their group where one is taken off, less the measured KL.
+    They are the discounted scores, less the declared penalty for no end, less the mean of their group where one is
+    taken off, less the measured KL.
 
     Raises:
         Unavailable: the loop is none of that kind, or nothing of the kind explains the weights.
@@ -123,7 +125,7 @@ def shaped_returns(traced: Traced, terms: Divergence) -> tuple[Floats, Floats]:
     if fit is not None:
         kl = fit.coefficient * VALUES[fit.estimator](old_logp(base) - reference_logp(base, fit.temperature))
         kl = np.nan_to_num(np.where(base.real, kl, 0.0))
-    for scores in _relative(base, unit.baseline):
+    for scores in _relative(base, unit.baseline, number(declared.get("missing_eos_penalty")) or 0.0):
         for part in (to_go(kl, unit.gamma), np.broadcast_to(kl.sum(1, keepdims=True), kl.shape)):
             raw = np.where(base.real, score_reach(base, unit.gamma) * scores[:, None] - part, np.nan)
             known = np.isfinite(raw) & np.isfinite(weight)
@@ -133,17 +135,19 @@ def shaped_returns(traced: Traced, terms: Divergence) -> tuple[Floats, Floats]:
     raise Unavailable("needs weights that scores and a KL explain, up to whitening")
 
 
-def _relative(base: Table, baseline: str) -> Iterator[Floats]:
+def _relative(base: Table, baseline: str, penalty: float) -> Iterator[Floats]:
     """(S,) scores as they are, or less the mean of their group's, or of the others in it."""
-    if baseline != "group":
-        yield base.scores
-        return
-    for alone in (False, True):
-        scores = base.scores.copy()
+    cut = np.array([not s.ended for s in base.samples])
+    for scores in (base.scores - penalty * cut, base.scores):
+        if baseline != "group":
+            yield scores
+            continue
+        less, alone = scores.copy(), scores.copy()
         for rows in groups_of(base, None):
-            n = len(rows)
-            scores[rows] = (scores[rows] - scores[rows].mean()) * (n / (n - 1) if alone and n > 1 else 1.0)
-        yield scores
+            less[rows] -= scores[rows].mean()
+            alone[rows] = less[rows] * (len(rows) / max(len(rows) - 1, 1))
+        yield less
+        yield alone
 
 
 def _in_pieces(traced: Traced, raw: Floats, windows: list[Bools], every: Floats | None) -> float | None:
@@ -172,13 +176,13 @@ def _in_pieces(traced: Traced, raw: Floats, windows: list[Bools], every: Floats 
 
 def _cut_there(part: Any, raw: Floats, weight: Floats, windows: list[Bools], whole: Floats) -> float | None:
     first, used, deviation = None, set(), float(np.nanstd(whole))
-    for number in np.unique(part):
-        mean = float(np.nanmean(whole[part == number])) if np.isfinite(whole[part == number]).any() else np.nan
-        for one in _parts([w & (part == number) for w in windows], raw, weight):
+    for piece in np.unique(part):
+        mean = float(np.nanmean(whole[part == piece])) if np.isfinite(whole[part == piece]).any() else np.nan
+        for one in _parts([w & (part == piece) for w in windows], raw, weight):
             if one.count < FEW or one.misfit > STRAIGHT or not abs(one.taken - mean) < CLOSE * deviation:
                 return None
             first = one.taken if first is None else first
-            used.add(int(number))
+            used.add(int(piece))
     return first if len(used) > 1 else None
 
 

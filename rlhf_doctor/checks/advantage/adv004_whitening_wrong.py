@@ -70,7 +70,7 @@ def whitening_wrong(traced: Traced, setup: Any, kl_terms: Any) -> Iterator[Findi
         if rows := each_response(traced):
             yield _in_each_response(rows)
             return
-        found = whitening(traced, setup.declared, *shaped_returns(traced, kl_terms))
+        found = whitening(traced, setup.declared, *shaped_returns(traced, setup.declared, kl_terms))
     elif traced.recovered.fits:
         found = whitening(traced, setup.declared)
     else:
