@@ -173,4 +173,5 @@ def _(healthy: Any) -> Any:
 def _(healthy: Any) -> Any:
     from rlhf_doctor.selftest import leave_one_out
 
-    return leave_one_out.setup(healthy, leave_one_out.Returns(whitened=True, over="rows"), whiten_advantages=True)
+    returns = leave_one_out.Returns(gamma=0.9, whitened=True, over="rows")
+    return leave_one_out.setup(healthy, returns, gamma=0.9, whiten_advantages=True)
