@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rlhf_doctor.finding import Confidence, Evidence, Finding
 from rlhf_doctor.instruments.chat import turns_of
 from rlhf_doctor.instruments.prompts import Prompts
 from rlhf_doctor.instruments.readings import TokenizerInfo
 
-__all__ = ["end_cut", "start_cut"]
+__all__ = ["end_cut", "request_cut", "start_cut"]
 
 
 def start_cut(prompts: Prompts) -> Iterator[Finding]:
@@ -57,6 +57,36 @@ def end_cut(prompts: Prompts, info: TokenizerInfo | None) -> Iterator[Finding]:
             ),
         ),
     )
+
+
+def request_cut(
+    prompts: Prompts, info: TokenizerInfo | None, limit: int | None, decode: Callable[[Sequence[int]], str]
+) -> Iterator[Finding]:
+    """Rows of the width that all have, or that is declared, in the template's format, without what asks for an answer.
+
+    Args:
+        prompts: as ids.
+        info: of the tokenizer with the template.
+        limit: the declared prompt length.
+        decode: ids to text, special tokens included.
+    """
+    turns = turns_of(info) if info else None
+    begin, ask = ("".join(part.split()) for part in (turns.before, turns.ask)) if turns else ("", "")
+    full = [row for row in prompts.rows if row and len(row) == prompts.longest]
+    if not begin or not ask or not (prompts.longest == limit or len(full) == len(prompts.rows) > 2):
+        return
+    texts = [decode(row) for row in full]
+    bare = ["".join(text.split()) for text in texts]
+    cut = [text for text, plain in zip(texts, bare, strict=True) if begin in plain and not plain.endswith(ask)]
+    if cut and turns:
+        yield Finding(
+            f"{len(cut)} of {len(prompts.rows)} prompts fill their width of {prompts.longest} tokens and do not end in "
+            f"the template's generation prompt {turns.ask!r}: it was cut off on the right, and the policy goes on with "
+            "the question. Filter long prompts instead of cutting them.",
+            role="tokenizer",
+            confidence=Confidence.MEASURED,
+            evidence=(Evidence("end of a prompt", repr(turns.ask), repr(cut[0][-40:]), where="prompts['input_ids']"),),
+        )
 
 
 def _common_end(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

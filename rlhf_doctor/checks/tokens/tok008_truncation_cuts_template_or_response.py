@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.checks.tokens.cuts import end_cut, start_cut
+from rlhf_doctor.checks.tokens.cuts import end_cut, request_cut, start_cut
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, Stage
 from rlhf_doctor.instruments.prompts import Prompts
@@ -35,7 +35,8 @@ def truncation_cuts_template_or_response(
     What it examines:
         Prompts as texts against the declared prompt_length, and what the tokenizer's truncation side would cut from
         the long ones. Prompts as ids: whether the longest rows lack the first token that all others share, or the last
-        ones: the template's generation prompt, or two tokens and more without a template. Preference
+        ones: the template's generation prompt (where all rows are of one width, by what they decode to), or two tokens
+        and more without a template. Preference
         pairs at the limit of the reward's tokenizer or positions: how many lose their response, or become the same two
         sequences.
 
@@ -65,7 +66,10 @@ def truncation_cuts_template_or_response(
             yield from _too_long(prompts, limit, info.truncation_side if info else None)
         if not prompts.texts:
             yield from start_cut(prompts)
-            yield from end_cut(prompts, info)
+            ends = [*end_cut(prompts, info)]
+            if not ends and callable(decode := getattr(setup.tokenizer, "decode", None)):
+                ends = [*request_cut(prompts, info, limit if isinstance(limit, int) else None, decode)]
+            yield from ends
     if encoded_pairs is not None:
         yield from _pairs(manifest, encoded_pairs)
 
@@ -140,3 +144,15 @@ def _(healthy_files: Any) -> Any:
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     ids = [[0] * (width - len(row)) + row for row in rows]
     return healthy_files.but(prompts={"input_ids": ids, "attention_mask": mask})
+
+
+@truncation_cuts_template_or_response.fault("chat prompts as ids, all cut on the right")
+def _(healthy: Any) -> Any:
+    import copy
+
+    tokenizer = copy.deepcopy(healthy.tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}</s> {{ m.content }} {% endfor %}{% if add_generation_prompt %}</s>{% endif %}"
+    )
+    rows = [tokenizer(f"</s> {p} </s>")["input_ids"][:6] for p in healthy.prompts]
+    return healthy.but(tokenizer=tokenizer, step=None, prompts={"input_ids": rows}, declared={"prompt_length": 6})
