@@ -38,8 +38,10 @@ def not_transformer(
     if found.kind not in NAMES or (policy is not None and policy.kind == found.kind):
         return None
     row = influence.score or ()
-    if found.kind in ("bag of tokens", "per-token") and row and max(row[: len(row) // 3]) <= influence.floor < max(row):
-        return None  # the text's start is cut off before it gets to the model, so what mixes the rest was not seen
+    third = len(row) // 3
+    cut = any(max(end, default=1.0) <= influence.floor for end in (row[:third], row[-third:])) and max(row) > 0
+    if found.kind in ("bag of tokens", "per-token") and row and cut:
+        return None  # the text's start, or its end, is cut off before the model, so what mixes the rest was not seen
     beside = (
         f"the policy was measured to be a {policy.kind}" if policy is not None else "the policy is a language model"
     )

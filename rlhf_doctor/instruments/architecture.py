@@ -32,7 +32,8 @@ def _decide(census: Census, influence: Influence, causal: bool | None) -> tuple[
         return ("hybrid state space", why + " beside attention") if attention else ("state space", why)
     if census.convolution:
         widths = ", ".join(str(w) for w in census.kernel_widths)
-        why = f"convolutions over time with kernels of {widths} tokens; an output reaches {influence.reach} tokens back"
+        why = f"convolutions over time with kernels of {widths} tokens" if widths else "convolutions over time"
+        why += f"; an output reaches {influence.reach} tokens back"
         return ("hybrid convolutional", why + " beside attention") if attention else ("convolutional", why)
     if attention:
         if causal:

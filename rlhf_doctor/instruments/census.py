@@ -122,8 +122,13 @@ def kind_of(name: str, args: tuple[Any, ...], result: Any, length: int) -> str |
         return "product"
     if "convolution" in name and len(given) > 1:
         return "convolution" if _widths(given[0], given[1], length) else None
-    if name in ("unfold", "im2col") and length in given[0].shape:
+    if name == "im2col" and length in given[0].shape:
         return "convolution"
+    if name == "unfold" and len(args) > 2 and isinstance(args[1], int) and given[0].dim():
+        along, width = given[0].shape[args[1]], args[2]
+        return "convolution" if 1 < width < along and length <= along <= length + 4 * width else None
+    if name in ("_fft_r2c", "_fft_c2c") and len(args) > 1:  # a product there is a convolution over all positions
+        return "convolution" if {given[0].shape[d] for d in args[1]} & {length, 2 * length - 1, 2 * length} else None
     if name == "cumsum" and first.is_floating_point() and first.dim() >= 3:
         return "scan"
     if name in ("mean", "sum", "amax", "max") and first.is_floating_point() and length in given[0].shape:

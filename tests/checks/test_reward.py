@@ -315,6 +315,24 @@ def test_reward_functions_pass(plain: RLHFSetup, function: Callable[..., Any]) -
     assert grave(plain.but(reward=function, declared={"algorithm": "grpo"})) == set()
 
 
+class FirstTokens(nn.Module):
+    """A fused Transformer encoder that is given the first three tokens of a text alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(zoo.VOCAB, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.body, self.score = nn.TransformerEncoder(layer, 1), nn.Linear(32, 1)
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        first = mask.sort(dim=1, descending=True, stable=True).indices[:, :3]
+        return self.score(self.body(self.table(ids.gather(1, first)))[:, -1])[:, 0]
+
+
+def test_a_reward_that_is_given_the_start_of_the_prompt_alone(plain: RLHFSetup) -> None:
+    assert grave(plain.but(reward=FirstTokens().eval().requires_grad_(False))) == {"REW006"}
+
+
 def test_function_that_nothing_moves_is_found(plain: RLHFSetup) -> None:
     assert "REW006" in grave(plain.but(reward=lambda prompts, responses: [1.0] * len(responses)))
 

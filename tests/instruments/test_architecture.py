@@ -5,13 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 import zoo
+from torch import nn
 
 from rlhf_doctor.examine import Options, examine
 from rlhf_doctor.selftest import specimens
 from rlhf_doctor.setups import RLHFSetup
 
+
+class Unfolded(nn.Module):
+    """A causal convolution as windows that are multiplied out."""
+
+    def __init__(self, size: int, width: int = 4) -> None:
+        super().__init__()
+        self.table, self.width = nn.Embedding(size, 16), width
+        self.kernel = nn.Parameter(torch.randn(width, 16, 16) / 8)
+        self.out = nn.Linear(16, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        windows = nn.functional.pad(self.table(ids), (0, 0, self.width - 1, 0)).unfold(1, self.width, 1)
+        return self.out(torch.einsum("btdw,wde->bte", windows, self.kernel).tanh())
+
+
+class LongFilter(nn.Module):
+    """One filter as long as the text, multiplied in the frequency domain."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.table, self.decay, self.out = nn.Embedding(size, 16), nn.Parameter(torch.rand(16)), nn.Linear(16, 1)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x, n = self.table(ids).transpose(1, 2), ids.shape[1]
+        kernel = torch.exp(-self.decay[:, None] * torch.arange(n))
+        mixed = torch.fft.irfft(torch.fft.rfft(x, 2 * n) * torch.fft.rfft(kernel, 2 * n), 2 * n)[..., :n]
+        return self.out(mixed.transpose(1, 2).tanh())
+
+
 HAND_WRITTEN = {
+    "convolution of windows": (lambda: Unfolded(zoo.VOCAB), "convolutional"),
+    "a filter as long as the text": (lambda: LongFilter(zoo.VOCAB), "convolutional"),
     "attention decoder of linear layers": (lambda: specimens.HandWrittenDecoder(zoo.VOCAB), "transformer decoder"),
     "the same without causal mask": (
         lambda: specimens.HandWrittenDecoder(zoo.VOCAB, causal=False),

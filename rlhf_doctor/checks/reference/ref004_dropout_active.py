@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.finding import Finding, Severity, Stage
+from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.readings import Invariance, Manifest, Parameters
 from rlhf_doctor.instruments.repeats import repeat_fault
+from rlhf_doctor.instruments.tracing import Traced
 
 
 @check(
     "REF004",
     "two identical passes of the reference agree",
-    stage=Stage.PROBE,
+    stage=Stage.TRACE,
+    early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REF001", "PRE004"),
 )
@@ -23,12 +25,13 @@ def reference_dropout_active(
     reference_invariance: Invariance,
     reference_parameters: Parameters | None = None,
     reference_manifest: Manifest | None = None,
+    traced: Traced | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
         The reference is called twice on the same batch in the mode it was handed over in, and twice in eval mode. In
         eval mode any difference is a fault. In train mode it is one when there is no loop to look at; a loop may call
-        eval() itself, so then it is mentioned only.
+        eval() or train() itself, so where the step can be run its own passes of the reference decide.
 
     Why it matters:
         The reference is the fixed point that the KL penalty is measured from. With dropout it is another model at every
@@ -54,8 +57,38 @@ def reference_dropout_active(
         reference_manifest,
         has_step=setup.step is not None,
     )
-    if fault is not None:
+    in_step = _in_step(setup, traced) if traced is not None else None
+    if in_step is not None and (fault is None or fault.severity is Severity.INFO):
+        yield in_step
+    elif fault is not None:
         yield fault
+
+
+def _in_step(setup: Any, traced: Traced) -> Finding | None:
+    """Passes of a step in train mode, with dropout, of a reference that is not the policy without its adapter."""
+    from rlhf_doctor.trace.twice import dropout_rates
+
+    model = setup.model("reference")
+    rates = dropout_rates(model)
+    passes = [placed.call for placed in traced.base.placed if placed.call.role == "reference"]
+    dropping = sum(call.training for call in passes)
+    if not rates or not dropping or model is setup.policy:
+        return None
+    return Finding(
+        f"The step runs the reference in train mode, with dropout of up to {max(rates):g}, so that it is another model "
+        "at every pass. Call reference.eval() before it scores, also where a trainer sets all of its modules to train "
+        "mode.",
+        role="reference",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                "passes of the reference in train mode",
+                "0",
+                f"{dropping} of {len(passes)}",
+                where=f"{len(rates)} modules with a dropout rate of up to {max(rates):g}",
+            ),
+        ),
+    )
 
 
 @reference_dropout_active.fault("a Hugging Face reference left in train mode")
@@ -76,3 +109,20 @@ def _(healthy: Any) -> Any:
     reference = policies.frozen(policy)
     reference.norm = policies.AlwaysDropping(reference.norm)
     return policies.alone(healthy, policy=policy, reference=reference.eval())
+
+
+@reference_dropout_active.fault("a step that sets all models to train mode")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import loops, policies
+
+    reference = policies.frozen(healthy.policy)
+    for layer in reference.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    made = loops.reference_step(healthy, reference=reference.eval())
+    step: Any = made.step
+
+    def train() -> Any:
+        reference.train()
+        return step()
+
+    return made.but(step=train)

@@ -82,6 +82,8 @@ def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> 
     if not all(isfinite(n) for n in (v.base, *v.by_response, *v.by_prompt)):
         return
     row = () if influence is None else influence.score or (influence.tokens[-1] if influence.tokens else ())
+    if influence is not None and influence.method != "gradient":  # exchanged tokens leave rounding where nothing moves
+        row = tuple(moved if moved > influence.floor else 0.0 for moved in row)
     gradient = max(row[: len(row) // 2], default=0.0)
     # Half precision can hide what moves; a gradient shows it.
     silent = response <= v.rounding and not any(row[len(row) // 2 :])
