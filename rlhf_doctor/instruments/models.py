@@ -135,6 +135,14 @@ def _shapeless(model: Any) -> bool:
     return any(is_lazy(parameter) for parameter in model.parameters())
 
 
+class Misshapen(Broken):
+    """The output cannot be read row by row: what it is, is in ``called``."""
+
+    def __init__(self, role: Role, sentence: str, called: Called) -> None:
+        super().__init__(role, sentence)
+        self.called = called
+
+
 class Live:
     """A model that can be called. ``loaded_here`` says that it was read from a path for this examination alone."""
 
@@ -239,7 +247,8 @@ class Live:
         pools (the usual sequence classifier, whose head a loop calls directly).
 
         Raises:
-            Broken: the model raises, returns nothing readable, or another batch size.
+            Broken: the model raises, or returns nothing readable.
+            Misshapen: it returns another batch size.
         """
         batch, length = ids.shape
         caught: list[Any] = []
@@ -266,10 +275,11 @@ class Live:
         if not called.tensor.dim() and batch == 1:  # a squeeze took the batch along
             called = dataclasses.replace(called, tensor=called.tensor.reshape(1))
         if not called.tensor.dim() or called.tensor.shape[0] not in (batch, batch * length):
-            raise Broken(
+            raise Misshapen(
                 self.role,
                 f"{self.role}: the model returned shape {tuple(called.tensor.shape)} for a batch of "
                 f"{batch} sequences of {length} tokens: the first axis should be {batch}",
+                called,
             )
         if caught:
             return Called(called.tensor, f"the head {self.head_name!r}", raw, called.all_shapes)

@@ -18,26 +18,31 @@ __all__ = ["output"]
 def output(role: str, models: Models, inputs: Inputs, manifest: Manifest) -> Output:
     """The output for the three probe sequences, right-padded to B = 3, T = 16.
 
+    Another batch size is read as it is, so that its shape can be judged.
+
     Raises:
-        Broken: the model raises, returns no tensor, or another batch size.
+        Broken: the model raises, or returns no tensor.
     """
     import torch
 
-    from rlhf_doctor.instruments.models import padded
+    from rlhf_doctor.instruments.models import Misshapen, padded
 
     live = models.get(role)  # type: ignore[arg-type]  # a role fact is only measured for model roles
     if live.texts:
         return _of_function(live, inputs)
     ids, mask = padded(inputs.sequences, inputs.pad_id, "right")
     with live.kept(), torch.no_grad():
-        called = live.read_once(ids, mask)
+        try:
+            called = live.read_once(ids, mask)
+        except Misshapen as strange:
+            called = strange.called
     tensor = called.tensor.detach().float().cpu()
     vocab_size = manifest.embedding_rows or manifest.vocab_size or inputs.vocab_size
     kind = kind_of(tuple(tensor.shape), ids.shape[0], ids.shape[1], vocab_size)
     keep = mask.bool()
     real = tensor[keep] if tensor.shape[:2] == ids.shape else tensor
     finite = bool(torch.isfinite(real).all())
-    per_sequence = tensor.reshape(tensor.shape[0], -1)
+    per_sequence = tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
     return Output(
         kind=kind,
         shape=tuple(tensor.shape),

@@ -63,7 +63,7 @@ def reference_scores_other_tokens(
             Evidence("rows with the sampled tokens", f"{view.rows}", f"{view.rows - count}", "none", "its passes")
         )
     same = agreement is not None and any(not gap.open for gap in agreement.gaps.values())
-    if agreement is not None and same and view.gap is not None:
+    if agreement is not None and same and view.gap is not None and not _dropping(setup.policy, traced):
         tolerance = ROUNDINGS * (2 * max(gap.tolerance for gap in agreement.gaps.values())) ** 0.5
         if view.gap > tolerance:
             said.append("gives other log-probabilities than the policy, which has the same weights")
@@ -91,6 +91,14 @@ def reference_scores_other_tokens(
         )
     elif view.gap is None:
         raise Unavailable("needs passes of the reference and the policy over the same responses")
+
+
+def _dropping(policy: Any, traced: Traced) -> bool:
+    """Whether the policy's own passes drop hidden states: then it is the policy that differs from its reference."""
+    from rlhf_doctor.trace.twice import has_dropout
+
+    calls = [placed.call for placed in traced.base.placed if placed.call.role == "policy"]
+    return has_dropout(policy) and all(call.training for call in calls)
 
 
 @reference_scores_other_tokens.fault("the reference is read at temperature 1")

@@ -77,7 +77,7 @@ def role_swapped(
                 told,
                 "a vocabulary head",
             )
-    yield from _exchanged(manifest, seen, parameters or {})
+    yield from _exchanged(manifest, seen, parameters or {}, dense=bool(setup.declared.get("dense_rewards")))
 
 
 def _name(m: Manifest) -> str:
@@ -120,7 +120,11 @@ def _finding(role: Role, message: str, m: Manifest, told: Output | None, expecte
 
 
 def _exchanged(
-    manifest: Mapping[Role, Manifest], seen: Mapping[Role, Output], parameters: Mapping[Role, Parameters]
+    manifest: Mapping[Role, Manifest],
+    seen: Mapping[Role, Output],
+    parameters: Mapping[Role, Parameters],
+    *,
+    dense: bool,
 ) -> Iterator[Finding]:
     reward, value = manifest.get("reward"), manifest.get("value")
     if reward is None or value is None:
@@ -128,10 +132,11 @@ def _exchanged(
     trains = _who_trains(parameters)
     by_class = _ends(reward, CLASSIFIERS[1:]) and _ends(value, CLASSIFIERS[:1])
     by_shape = "reward" in seen and "value" in seen and (seen["reward"].kind, seen["value"].kind) == SCALARS
-    if trains == "value" or not (trains == "reward" or by_class):
-        return
-    if trains == "reward" and not (by_class or by_shape or _optimised(parameters)):
-        return
+    if not by_shape or dense:
+        if trains == "value" or not (trains == "reward" or by_class):
+            return
+        if trains == "reward" and not (by_class or _optimised(parameters)):
+            return
     observed = f"reward {_name(reward)}, value {_name(value)}"
     if trains == "reward":
         observed += "; the reward's parameters train, the value's are frozen"
