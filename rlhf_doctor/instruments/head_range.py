@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["DRIVE", "head_range"]
 
 DRIVE = 1e6
+ENDS = {"Sigmoid": (0.0, 1.0), "Softmax": (0.0, 1.0), "Tanh": (-1.0, 1.0)}
+VIEWS = ("Squeeze", "View", "UnsafeView", "ReshapeAlias", "Select", "Slice", "Index", "ToCopy", "Alias", "Unsqueeze",
+         "Clone", "Expand", "Permute", "Transpose", "T", "Gather")  # fmt: skip
 SQUASHING = ("Sigmoid", "Tanh", "Softmax", "Relu", "Clamp", "Hardtanh", "Hardsigmoid", "Softplus", "LogSigmoid",
              "Silu", "Gelu", "Elu", "Exp", "Abs", "Neg", "LogSoftmax", "Atan", "Erf")  # fmt: skip
 
@@ -23,16 +26,17 @@ def head_range(role: str, models: Models, inputs: Inputs) -> HeadRange:
     """Extremes of the output with the last projection to one number multiplied by ±1,000,000.
 
     The multiplication happens on the way, no weight is touched. A free head's output grows with the drive in both
-    directions; a bounded one's does not.
+    directions; a bounded one's does not. Where no projection ends in one number, an output that a squashing operation
+    is the last to touch has the bounds of that operation, and others' are not known.
 
     Raises:
-        Unavailable: the role is a function, or has no projection to a single number.
+        Unavailable: the role is a function, or has no projection to a single number and ends in no squashing.
         Broken: the model cannot be called.
     """
     import torch
 
     from rlhf_doctor.instruments.models import padded
-    from rlhf_doctor.instruments.tapping import ProjectionDrive
+    from rlhf_doctor.instruments.tapping import EmbeddingTap, ProjectionDrive
 
     live = models.get(role)  # type: ignore[arg-type]  # a role fact is only measured for model roles
     _ = live.module
@@ -41,7 +45,14 @@ def head_range(role: str, models: Models, inputs: Inputs) -> HeadRange:
         with ProjectionDrive() as noted, torch.enable_grad():
             plain = live.read(ids, mask).tensor
         if not noted.shapes:
-            raise Unavailable(f"the {role} has no projection to a single number")
+            with EmbeddingTap(ids), torch.enable_grad():
+                last = _last(live.read(ids, mask).tensor.grad_fn)
+            if last not in ENDS:
+                raise Unavailable(f"the {role} has no projection to a single number")
+            low, high = ENDS[last]
+            return HeadRange(
+                low, high, float("inf"), bounded_below=True, bounded_above=True, activations=(last.lower(),)
+            )
         driven = []
         with torch.no_grad():
             for factor in (DRIVE, -DRIVE):
@@ -57,6 +68,16 @@ def head_range(role: str, models: Models, inputs: Inputs) -> HeadRange:
     return HeadRange(
         low, high, DRIVE, bounded_below=low > -follows, bounded_above=high < follows, activations=activations
     )
+
+
+def _last(node: Any) -> str:
+    """The operation that made the output's numbers, behind whatever only arranges them."""
+    while node is not None:
+        name = str(node.name().removesuffix("Backward0").removesuffix("Backward1"))
+        if name not in VIEWS:
+            return name
+        node = next((child for child, _ in node.next_functions if child is not None), None)
+    return ""
 
 
 def _activations(node: Any) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from rlhf_doctor.instruments.readings import Manifest
 __all__ = ["of_function"]
 
 FEWEST = 8
+KINDS = 4
 
 
 def of_function(
@@ -21,7 +22,10 @@ def of_function(
     """What is wrong where every text gets one score, and how that is known."""
     given = [*(samples.numbers if samples else ())]
     paired = [score for pair in (pairs.with_eos if pairs else ()) for score in pair]
-    if len(given) + len(paired) < FEWEST or len({*given, *paired}) > 1:
+    if len({*given, *paired}) > 1:
+        yield from _of_prompts_alone(samples, pairs, manifest)
+        return
+    if len(given) + len(paired) < FEWEST:
         return
     value = (given or paired)[0]
     texts = f"{len(given)} sampled responses" + (f" and {len(paired)} of the preference pairs" if paired else "")
@@ -69,3 +73,33 @@ def of_function(
         if wide is not None:
             evidence.append(Evidence("scores of other texts", "some other than that", f"{len(wide.others)} tried"))
     yield Finding(message, role="reward", confidence=Confidence.MEASURED, severity=severity, evidence=tuple(evidence))
+
+
+def _of_prompts_alone(samples: OnSamples | None, pairs: PairScores | None, manifest: Manifest) -> Iterator[Finding]:
+    """One score for all responses to a prompt, and more scores than right and wrong."""
+    by_prompt: dict[tuple[int, ...], dict[tuple[int, ...], float]] = {}
+    if samples is not None:
+        drawn = zip(samples.samples.prompts, samples.samples.responses, samples.numbers, strict=True)
+        for prompt, response, score in drawn:
+            by_prompt.setdefault(tuple(prompt), {})[tuple(response)] = score
+    groups = [list(scores.values()) for scores in by_prompt.values() if len(scores) > 1]
+    groups += [list(pair) for pair in (pairs.with_eos if pairs else ())]
+    if len(groups) < FEWEST or any(len(set(scores)) > 1 for scores in groups):
+        return
+    different = len({scores[0] for scores in groups})
+    if different < KINDS:
+        return  # a verifier says right and wrong, and some tasks are right for every response
+    yield Finding(
+        "The reward function's score does not depend on the response: whatever answers a prompt scores the same. It "
+        "should be asked for prompt and response: look at what it is given and which of its arguments it reads.",
+        role="reward",
+        confidence=Confidence.MEASURED,
+        evidence=(
+            Evidence(
+                f"scores of different responses to one prompt, for {len(groups)} prompts",
+                "some that differ",
+                f"one score for each prompt, {different} different ones in all",
+                where=manifest.class_name,
+            ),
+        ),
+    )
