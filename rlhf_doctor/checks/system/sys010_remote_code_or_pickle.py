@@ -21,7 +21,7 @@ def remote_code_or_pickle(
     """
     What it examines:
         Whether config.json or the tokenizer's config names Python files of the checkpoint (auto_map) for a model
-        type that the installed transformers does not have; and what a pickle of weights would import on loading,
+        type, or a class of that type, that the installed transformers does not have; and what a pickle of weights would import on loading,
         read from its opcodes without loading it. A pickle of plain tensors is only mentioned.
 
     Why it matters:
@@ -41,7 +41,7 @@ def remote_code_or_pickle(
         https://docs.pytorch.org/docs/stable/generated/torch.load.html (weights_only);
         https://github.com/huggingface/safetensors.
     """
-    foreign = {role: m for role, m in manifest.items() if m.needs_remote_code and not _native(m.model_type)}
+    foreign = {role: m for role, m in manifest.items() if m.needs_remote_code and not _native(m)}
     if foreign:
         ran = "It is run, as you asked." if setup.trust_remote_code else "It is not run unless you ask for it."
         yield Finding(
@@ -78,17 +78,18 @@ def _named(m: Manifest) -> tuple[str, ...]:
     return tuple(str(v) for v in given.values()) if isinstance(given, Mapping) else ()
 
 
-def _native(model_type: str | None) -> bool:
-    """Whether the installed transformers has a folder for this model type; it is not imported for that."""
-    spec = importlib.util.find_spec("transformers")
-    if (
-        spec is None
-        or spec.origin is None
-        or not model_type
-        or not model_type.replace("_", "").replace("-", "").isalnum()
-    ):
+def _native(m: Manifest) -> bool:
+    """Whether the installed transformers has this model type, and the class that the folder names; neither is imported.
+
+    A known type may still come with a class of its own: what the folder's code adds is lost without it.
+    """
+    spec, kind = importlib.util.find_spec("transformers"), m.model_type or ""
+    if spec is None or spec.origin is None or not kind.replace("_", "").replace("-", "").isalnum():
         return False
-    return (Path(spec.origin).parent / "models" / model_type.replace("-", "_")).is_dir()
+    folder = Path(spec.origin).parent / "models" / kind.replace("-", "_")
+    own = {name.rsplit(".", 1)[-1] for name in _named(m)} & set(m.architectures)
+    code = "".join(file.read_text("utf-8") for file in folder.glob("modeling_*.py")) if own else ""
+    return folder.is_dir() and all(f"class {name}(" in code for name in own)
 
 
 @remote_code_or_pickle.fault("models whose class is in their own folder")
@@ -99,6 +100,17 @@ def _(healthy_files: Any) -> Any:
     for role in healthy_files.present:
         path = healthy_files.path(role) / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | extra))
+    return healthy_files
+
+
+@remote_code_or_pickle.fault("a reward of a known type whose class is in its own folder")
+def _(healthy_files: Any) -> Any:
+    import json
+
+    path = healthy_files.path("reward") / "config.json"
+    own = {"AutoModelForSequenceClassification": "modeling_scored.ScoredLlama"}
+    extra = {"architectures": ["ScoredLlama"], "auto_map": own}
+    path.write_text(json.dumps(json.loads(path.read_text()) | extra))
     return healthy_files
 
 

@@ -104,6 +104,15 @@ def _config(role: Role, m: Manifest, info: TokenizerInfo) -> Iterator[Finding]:
     )
     if told == info.pad_id or (told is None and not pools):
         return
+    rows = m.embedding_rows or m.vocab_size
+    if isinstance(told, int) and rows is not None and told >= rows:
+        yield _finding(
+            role,
+            f"The {spoken(role)}'s config has pad id {told} and its embedding has {rows} rows: a table with such a "
+            f"padding index cannot be built. Set it to the tokenizer's, {info.pad_id} ({info.pad!r}).",
+            Evidence("config.pad_token_id", f"below {rows}", str(told), where=m.path or m.class_name),
+        )
+        return
     nested = "" if told == m.raw_config.get("pad_token_id", told) else " (its nested text config decides)"
     yield _finding(
         role,
@@ -167,4 +176,14 @@ def _(healthy_files: Any) -> Any:
     path = healthy_files.path("reward") / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"pad_token_id": config["eos_token_id"]}))
+    return healthy_files
+
+
+@pad_undefined_or_out_of_range.fault("a critic checkpoint whose config pads beyond its embedding")
+def _(healthy_files: Any) -> Any:
+    import json
+
+    path = healthy_files.path("value") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"pad_token_id": config["vocab_size"] + 3}))
     return healthy_files
