@@ -21,8 +21,8 @@ def remote_code_or_pickle(
     """
     What it examines:
         Whether config.json or the tokenizer's config names Python files of the checkpoint (auto_map) for a model
-        type, or a class of that type, that the installed transformers does not have; and what a pickle of weights would import on loading,
-        read from its opcodes without loading it. A pickle of plain tensors is only mentioned.
+        type, or a class of that type, that the installed transformers does not have; and what a pickle of weights
+        would import on loading, read from its opcodes without loading it. A pickle of plain tensors is only mentioned.
 
     Why it matters:
         Loading such a checkpoint runs whatever its author, or whoever changed it since, wrote into it, with the
