@@ -16,6 +16,7 @@ __all__ = [
     "OtherInput",
     "estimator",
     "rewards_with",
+    "score_of_responses",
     "score_with",
     "with_kl_in_the_loss",
 ]
@@ -154,6 +155,16 @@ def score_with(factor: float = 1.0, *, always: bool = False) -> Callable[..., An
         return healthy.score(reward, rollout, missing_eos_penalty=factor * missing_eos_penalty)
 
     return score
+
+
+def score_of_responses(reward: Any, rollout: Any, **options: Any) -> Any:
+    """The reference's scores of the responses by themselves."""
+    from dataclasses import replace
+
+    from reference_impl import rollout as healthy
+
+    shown = rollout.attention_mask[:, -rollout.mask.shape[1] :]
+    return healthy.score(reward, replace(rollout, ids=rollout.response, attention_mask=shown), **options)
 
 
 ADAPTIVE: dict[str, Any] = {"kl_adaptive": True, "kl_target": 2.0, "kl_horizon": 1000}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Sample", "Special", "continues", "encoded_prompts", "from_rows", "generated", "rest_of",
-    "split_generation", "with_one_word", "without_filler",
+    "split_generation", "texts_of", "with_one_word", "without_filler",
 ]  # fmt: skip
 
 RUN = 2  # pads in a row after which a response has surely ended; one may have been drawn
@@ -130,7 +130,7 @@ def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[i
     """
     fed = fed_tokens([c.ids.cpu().numpy() for c in episode])
     found = []
-    for b, prompt in enumerate(_texts(episode[0], special)):
+    for b, prompt in enumerate(texts_of(episode[0], special)):
         given = rest_of(prompt, fed[b], known)
         response, ended = _until_end(fed[b][given:], special.eos)
         whole = response if ended else without_filler(response, special.pad)
@@ -146,16 +146,16 @@ def with_one_word(
     Loops that draw one response after another see a single pass where the first token ends it.
     """
     update = min((c.order for c in rest if c.role == "policy" and c.with_grad), default=math.inf)
-    trained = {row[:-1] for c in rest if c.role == "policy" and c.backwards for row in _texts(c, special)}
+    trained = {row[:-1] for c in rest if c.role == "policy" and c.backwards for row in texts_of(c, special)}
     singles = [c for c in rest if c.role == "policy" and not c.with_grad and not c.pooled and c.order < update]
-    singles = [c for c in singles if all(c is not e[-1] for e in episodes) and trained.issuperset(_texts(c, special))]
+    singles = [c for c in singles if all(c is not e[-1] for e in episodes) and trained.issuperset(texts_of(c, special))]
     known = {s.tokens for e in episodes for s in generated(e, special)}
-    singles = [c for c in singles if not known.intersection(_texts(c, special))]
+    singles = [c for c in singles if not known.intersection(texts_of(c, special))]
     found = sorted([*episodes, *([c] for c in singles)], key=lambda e: e[0].order)
     return found, [c for c in rest if all(c is not single for single in singles)]
 
 
-def _texts(call: Call, special: Special) -> list[tuple[int, ...]]:
+def texts_of(call: Call, special: Special) -> list[tuple[int, ...]]:
     """The rows of a call without what is masked, or without pads at their ends."""
     rows = zip(call.ids.cpu().numpy(), _columns(call, special), strict=True)
     return [tuple(map(int, row[columns])) for row, columns in rows]

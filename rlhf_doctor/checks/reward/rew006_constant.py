@@ -15,17 +15,22 @@ from rlhf_doctor.instruments.on_samples import OnSamples
 from rlhf_doctor.instruments.preferences import PairScores
 from rlhf_doctor.instruments.prompt_use import PromptUse
 from rlhf_doctor.instruments.readings import Influence, Manifest
+from rlhf_doctor.instruments.tracing import Traced
 from rlhf_doctor.instruments.variation import Variation
+
+ALONE = 0.8  # of the rows: what else a batch may hold is filler
 
 
 @check(
     "REW006",
     "the score depends on the response and on the prompt",
-    stage=Stage.PROBE,
+    stage=Stage.TRACE,
+    early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REW001", "PRE004"),
 )
 def reward_constant(
+    setup: Any,
     reward_manifest: Manifest,
     reward_variation: Variation | None = None,
     reward_influence: Influence | None = None,
@@ -33,6 +38,7 @@ def reward_constant(
     reward_preferences: PairScores | None = None,
     reward_function_range: FunctionRange | None = None,
     reward_prompt_use: PromptUse | None = None,
+    traced: Traced | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
@@ -44,7 +50,8 @@ def reward_constant(
         the preference pairs, and for other texts, among them every text that its code mentions; it may well give the
         same number for all samples, as a strict verifier does, and that is info, unless nothing at all moves it, or
         the opening tag that the prompt already ends in does, or a text that its code mentions does only together with
-        the words that every prompt already ends in.
+        the words that every prompt already ends in. Where the step can be run, a reward that is given the responses by
+        themselves there is told of as a warning.
 
     Why it matters:
         If the response does not change the score, every advantage is noise around zero and PPO learns nothing while
@@ -68,7 +75,8 @@ def reward_constant(
     """
     if reward_variation is not None:
         found = [*_of_model(reward_variation, reward_influence, reward_manifest)]
-        yield from found or _of_prompts(reward_prompt_use, reward_manifest)
+        found = found or [*_of_prompts(reward_prompt_use, reward_manifest)]
+        yield from found or (_in_step(traced, setup) if traced is not None else ())
         return
     if reward_on_samples is None and reward_preferences is None:
         raise Unavailable("needs prompts and a policy to sample from, or preferences")
@@ -119,6 +127,30 @@ def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> 
             ),
         ),
     )
+
+
+def _in_step(traced: Traced, setup: Any) -> Iterator[Finding]:
+    """A reward that would see the prompt, and is given the responses by themselves."""
+    from rlhf_doctor.trace.alone import without_prompt
+
+    alone, rows = without_prompt(traced, setup)
+    if rows and alone >= ALONE * rows:
+        yield Finding(
+            "The step gives the reward model the responses without their prompts, so a response scores the same "
+            "whatever it answers. Give it prompt and response together, as in its training.",
+            role="reward",
+            confidence=Confidence.MEASURED,
+            severity=Severity.WARNING,
+            evidence=(
+                Evidence(
+                    "rows given to the reward model that are a response and nothing before it",
+                    "0",
+                    f"{alone} of {rows}",
+                    f"{ALONE:.0%}",
+                    where="the step's passes of the reward",
+                ),
+            ),
+        )
 
 
 def _of_prompts(use: PromptUse | None, manifest: Manifest) -> Iterator[Finding]:
@@ -203,3 +235,11 @@ def _(healthy: Any) -> Any:
         "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<think>\n{% endif %}"
     )
     return healthy.but(reward=starts_with_thought, tokenizer=tokenizer, preferences=None)
+
+
+@reward_constant.fault("a step that scores the responses without their prompts")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import kl_faults
+    from rlhf_doctor.selftest.loops import reference_step
+
+    return reference_step(healthy, parts={"score": kl_faults.score_of_responses})
