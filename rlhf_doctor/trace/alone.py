@@ -23,7 +23,7 @@ def without_prompt(traced: Traced, setup: RLHFSetup) -> tuple[int, int]:
     special, samples = Special.of(setup), traced.base.samples
     start = getattr(setup.tokenizer, "bos_token_id", None)
     responses = {_core(s.response, special) for s in samples if s.prompt}
-    cut = {s.response for s in samples if s.prompt and not s.complete}  # whose last token is not known
+    cut = {s.response for s in samples if s.prompt and not s.ended}  # whose last token may not have been seen
     alone = rows = 0
     for placed in traced.base.placed:
         if placed.call.role != "reward":
