@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_doctor.finding import Role
     from rlhf_doctor.setups import RLHFSetup
 
-__all__ = ["SMALL", "reference_step"]
+__all__ = ["SMALL", "in_train_mode", "reference_step"]
 
 SMALL: Mapping[str, Any] = {"batch_size": 16, "num_minibatches": 2, "ppo_epochs": 2, "response_length": 10}
 
@@ -47,3 +49,18 @@ def reference_step(
     )
     made["declared"] = {**made["declared"], **(declared or {})}
     return type(healthy).from_mapping(made, origin=healthy.origin)
+
+
+def in_train_mode(healthy: RLHFSetup, role: Role) -> RLHFSetup:
+    """The same step, which sets a copy of one model, with dropout in its attention, to train mode first."""
+    model = copy.deepcopy(healthy.model(role))
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    made = reference_step(healthy, **{role: model.eval()})
+    step: Any = made.step
+
+    def train() -> Any:
+        model.train()
+        return step()
+
+    return made.but(step=train)

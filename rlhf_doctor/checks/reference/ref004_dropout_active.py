@@ -113,16 +113,6 @@ def _(healthy: Any) -> Any:
 
 @reference_dropout_active.fault("a step that sets all models to train mode")
 def _(healthy: Any) -> Any:
-    from rlhf_doctor.selftest import loops, policies
+    from rlhf_doctor.selftest import loops
 
-    reference = policies.frozen(healthy.policy)
-    for layer in reference.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    made = loops.reference_step(healthy, reference=reference.eval())
-    step: Any = made.step
-
-    def train() -> Any:
-        reference.train()
-        return step()
-
-    return made.but(step=train)
+    return loops.in_train_mode(healthy, "reference")

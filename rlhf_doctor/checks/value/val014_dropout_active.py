@@ -140,18 +140,6 @@ def _(healthy: Any) -> Any:
 
 @value_dropout_active.fault("a step that sets a critic with dropout to train mode")
 def _(healthy: Any) -> Any:
-    import copy
-
     from rlhf_doctor.selftest import loops
 
-    value = copy.deepcopy(healthy.value)
-    for layer in value.model.layers:
-        layer.self_attn.attention_dropout = 0.1
-    made = loops.reference_step(healthy, value=value.eval())
-    step: Any = made.step
-
-    def train() -> Any:
-        value.train()
-        return step()
-
-    return made.but(step=train)
+    return loops.in_train_mode(healthy, "value")
