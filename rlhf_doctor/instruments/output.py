@@ -35,6 +35,8 @@ def output(role: str, models: Models, inputs: Inputs, manifest: Manifest) -> Out
         try:
             called = live.read_once(ids, mask)
         except Misshapen as strange:
+            if not strange.called.tensor.dim():
+                raise
             called = strange.called
     tensor = called.tensor.detach().float().cpu()
     vocab_size = manifest.embedding_rows or manifest.vocab_size or inputs.vocab_size
@@ -42,7 +44,7 @@ def output(role: str, models: Models, inputs: Inputs, manifest: Manifest) -> Out
     keep = mask.bool()
     real = tensor[keep] if tensor.shape[:2] == ids.shape else tensor
     finite = bool(torch.isfinite(real).all())
-    per_sequence = tensor.reshape(tensor.shape[0] if tensor.dim() else 1, -1)
+    per_sequence = tensor.reshape(tensor.shape[0], -1)
     return Output(
         kind=kind,
         shape=tuple(tensor.shape),

@@ -7,6 +7,7 @@ from math import isfinite
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.reward.alone import given_alone
 from rlhf_doctor.checks.reward.constant_functions import of_function
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
@@ -17,8 +18,6 @@ from rlhf_doctor.instruments.prompt_use import PromptUse
 from rlhf_doctor.instruments.readings import Influence, Manifest
 from rlhf_doctor.instruments.tracing import Traced
 from rlhf_doctor.instruments.variation import Variation
-
-ALONE = 0.8  # of the rows: what else a batch may hold is filler
 
 
 @check(
@@ -76,7 +75,7 @@ def reward_constant(
     if reward_variation is not None:
         found = [*_of_model(reward_variation, reward_influence, reward_manifest)]
         found = found or [*_of_prompts(reward_prompt_use, reward_manifest)]
-        yield from found or (_in_step(traced, setup) if traced is not None else ())
+        yield from found or (given_alone(traced, setup) if traced is not None else ())
         return
     if reward_on_samples is None and reward_preferences is None:
         raise Unavailable("needs prompts and a policy to sample from, or preferences")
@@ -127,30 +126,6 @@ def _of_model(v: Variation, influence: Influence | None, manifest: Manifest) -> 
             ),
         ),
     )
-
-
-def _in_step(traced: Traced, setup: Any) -> Iterator[Finding]:
-    """A reward that would see the prompt, and is given the responses by themselves."""
-    from rlhf_doctor.trace.alone import without_prompt
-
-    alone, rows = without_prompt(traced, setup)
-    if rows and alone >= ALONE * rows:
-        yield Finding(
-            "The step gives the reward model the responses without their prompts, so a response scores the same "
-            "whatever it answers. Give it prompt and response together, as in its training.",
-            role="reward",
-            confidence=Confidence.MEASURED,
-            severity=Severity.WARNING,
-            evidence=(
-                Evidence(
-                    "rows given to the reward model that are a response and nothing before it",
-                    "0",
-                    f"{alone} of {rows}",
-                    f"{ALONE:.0%}",
-                    where="the step's passes of the reward",
-                ),
-            ),
-        )
 
 
 def _of_prompts(use: PromptUse | None, manifest: Manifest) -> Iterator[Finding]:

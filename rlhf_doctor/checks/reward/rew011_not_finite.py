@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from math import floor, isfinite, isinf, log2
-from statistics import pstdev
 from typing import Any
 
 from rlhf_doctor.check import check
+from rlhf_doctor.checks.reward.rounded import stepped
 from rlhf_doctor.facts import Unavailable
 from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.on_samples import OnSamples
@@ -18,7 +17,6 @@ from rlhf_doctor.instruments.readings import Manifest, Output
 # Bits of the mantissa: the step between numbers of size 1 is 2 to the power of minus this.
 MANTISSA = {"bfloat16": 7, "float16": 10}
 TIES, FEWEST = 0.1, 3
-LEAST = 3  # different numbers: two are the classes of a verifier
 
 
 @check(
@@ -94,7 +92,7 @@ def reward_not_finite(
     if reward_output is not None and reward_output.dtype in MANTISSA and not function:
         yield from _coarse(reward_output.dtype, reward_on_samples, reward_preferences)
     elif reward_output is not None and not function:
-        yield from _stepped(scores)
+        yield from stepped(scores)
 
 
 def _coarse(dtype: str, samples: OnSamples | None, pairs: PairScores | None) -> Iterator[Finding]:
@@ -131,34 +129,6 @@ def _coarse(dtype: str, samples: OnSamples | None, pairs: PairScores | None) -> 
             severity=Severity.WARNING,
             evidence=tuple(evidence),
         )
-
-
-def _stepped(scores: list[float]) -> Iterator[Finding]:
-    """Scores of full precision that were rounded on their way: few different ones, on one grid of equal steps."""
-    different = sorted(set(scores))
-    if not LEAST <= len(different) <= len(scores) / 4:
-        return
-    gaps = [b - a for a, b in pairwise(different)]
-    step = min(gaps)
-    spread = pstdev(scores)
-    if step < spread / 10 or any(abs(gap / step - round(gap / step)) > 1e-3 for gap in gaps):
-        return
-    yield Finding(
-        f"The scores are rounded to steps of {step:.3g}, their standard deviation being {spread:.3g}, so different "
-        "responses tie. They should differ: keep the head and everything behind it in float32, and take out a large "
-        "offset before a cast.",
-        role="reward",
-        confidence=Confidence.MEASURED,
-        severity=Severity.WARNING,
-        evidence=(
-            Evidence(
-                f"different numbers among {len(scores)} scores of texts",
-                "about as many",
-                f"{len(different)}, all of them {step:.3g} apart or a multiple of it",
-                tolerance="a quarter",
-            ),
-        ),
-    )
 
 
 @reward_not_finite.fault("scores overflow to infinity for the better texts")

@@ -77,7 +77,7 @@ def role_swapped(
                 told,
                 "a vocabulary head",
             )
-    yield from _exchanged(manifest, seen, parameters or {}, dense=bool(setup.declared.get("dense_rewards")))
+    yield from _exchanged(manifest, seen, parameters or {})
 
 
 def _name(m: Manifest) -> str:
@@ -120,11 +120,7 @@ def _finding(role: Role, message: str, m: Manifest, told: Output | None, expecte
 
 
 def _exchanged(
-    manifest: Mapping[Role, Manifest],
-    seen: Mapping[Role, Output],
-    parameters: Mapping[Role, Parameters],
-    *,
-    dense: bool,
+    manifest: Mapping[Role, Manifest], seen: Mapping[Role, Output], parameters: Mapping[Role, Parameters]
 ) -> Iterator[Finding]:
     reward, value = manifest.get("reward"), manifest.get("value")
     if reward is None or value is None:
@@ -132,11 +128,10 @@ def _exchanged(
     trains = _who_trains(parameters)
     by_class = _ends(reward, CLASSIFIERS[1:]) and _ends(value, CLASSIFIERS[:1])
     by_shape = "reward" in seen and "value" in seen and (seen["reward"].kind, seen["value"].kind) == SCALARS
-    if not by_shape or dense:
-        if trains == "value" or not (trains == "reward" or by_class):
-            return
-        if trains == "reward" and not (by_class or _optimised(parameters)):
-            return
+    if trains == "value" or not (trains == "reward" or by_class):
+        return
+    if trains == "reward" and not (by_class or by_shape or _optimised(parameters)):
+        return
     observed = f"reward {_name(reward)}, value {_name(value)}"
     if trains == "reward":
         observed += "; the reward's parameters train, the value's are frozen"

@@ -46,6 +46,7 @@ def pad_undefined_or_out_of_range(
         https://github.com/huggingface/transformers/pull/35911 (how sequence classifiers find the last token).
     """
     graves: list[Finding] = []
+    judged: set[str] = set()  # folders whose config was found wrong: a second role of theirs has no fault of its own
     for role, fed in vocabularies.items():
         m, info = manifest[role], fed.ids_of
         if info.pad_id is None:
@@ -61,7 +62,9 @@ def pad_undefined_or_out_of_range(
                     Evidence("pad id", f"below {rows}", str(info.pad_id), where=info.where),
                 )
             )
-        graves += _config(role, m, info)
+        config = [f for f in _config(role, m, info) if f.severity is Severity.INFO or m.path not in judged]
+        graves += config
+        judged |= {m.path} if m.path and any(f.severity is None for f in config) else set()
     if "policy" in vocabularies:
         graves += _generation(manifest["policy"], vocabularies["policy"].ids_of)
     yield from _once([f for f in graves if f.severity is not Severity.INFO])
