@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlhf_doctor.trace.samples import Special, texts_of
+from rlhf_doctor.trace.samples import Special, length_before, texts_of
 
 if TYPE_CHECKING:
     from rlhf_doctor.instruments.tracing import Traced
@@ -37,7 +37,4 @@ def without_prompt(traced: Traced, setup: RLHFSetup) -> tuple[int, int]:
 
 def _core(tokens: tuple[int, ...], special: Special) -> tuple[int, ...]:
     """Tokens without ends of sequence and pads behind them."""
-    last = len(tokens)
-    while last and (tokens[last - 1] in special.eos or tokens[last - 1] == special.pad):
-        last -= 1
-    return tokens[:last]
+    return tokens[: length_before(tokens, {*special.eos, special.pad})]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
 
 __all__ = [
-    "Sample", "Special", "continues", "encoded_prompts", "from_rows", "generated", "rest_of",
+    "Sample", "Special", "continues", "encoded_prompts", "from_rows", "generated", "length_before", "rest_of",
     "split_generation", "texts_of", "with_one_word", "without_filler",
 ]  # fmt: skip
 
@@ -56,7 +56,7 @@ class Special:
         ends, goes_on = set[int](), set[int]()
         for row in drawn:
             tokens = [int(t) for t in row if t >= 0]
-            last = _without_pads(tokens, self.pad)
+            last = length_before(tokens, {self.pad})
             if len(tokens) - last >= RUN and last:
                 ends.add(tokens[last - 1])
             goes_on |= set(tokens[: max(last - 1, 0)])
@@ -180,14 +180,14 @@ def _unpadded(row: Ints, pad: int | None) -> Ints:
 
 def without_filler(tokens: tuple[int, ...], pad: int | None) -> tuple[int, ...]:
     """Tokens without the run of pads at their end, as a row has them that reached its limit before others did."""
-    last = _without_pads(tokens, pad)
+    last = length_before(tokens, {pad})
     return tokens[:last] if last and len(tokens) - last >= RUN else tokens
 
 
-def _without_pads(tokens: Sequence[int], pad: int | None) -> int:
-    """How many tokens there are before the pads at the end."""
+def length_before(tokens: Sequence[int], fillers: Container[int | None]) -> int:
+    """How many tokens there are before the fillers at the end."""
     last = len(tokens)
-    while last and tokens[last - 1] == pad:
+    while last and tokens[last - 1] in fillers:
         last -= 1
     return last
 

@@ -138,7 +138,8 @@ def shaped_returns(traced: Traced, declared: Mapping[str, Any], terms: Divergenc
 def _relative(base: Table, baseline: str, penalty: float) -> Iterator[Floats]:
     """(S,) scores as they are, or less the mean of their group's, or of the others in it."""
     cut = np.array([not s.ended for s in base.samples])
-    for scores in (base.scores - penalty * cut, base.scores):
+    for taken in dict.fromkeys((penalty, 0.0)):
+        scores = base.scores - taken * cut
         if baseline != "group":
             yield scores
             continue

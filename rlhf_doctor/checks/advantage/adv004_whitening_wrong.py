@@ -34,10 +34,10 @@ def whitening_wrong(traced: Traced, setup: Any, kl_terms: Any) -> Iterator[Findi
     """
     What it examines:
         The policy's gradient gives what each token is trained with, the critic's the returns; without a critic they are
-        the discounted scores less the KL in them. The one should be a line
-        of return - value, less the mean over all response tokens of the batch, over their standard deviation. Which
-        tokens the mean was taken over is found by comparison: all, those of a micro-batch, of a response, of a part of
-        the width. Each minibatch by itself is info.
+        the discounted scores less the KL in them. The one should be a line of return - value, less the mean over all
+        response tokens of the batch, over their standard deviation. Which tokens the mean was taken over is found by
+        comparison: all, those of a micro-batch, of a response, of a part of the width. Each minibatch by itself is
+        info.
 
     Why it matters:
         The mean decides which tokens are pushed up and which down. Zeros of pads draw it towards 0, a micro-batch makes
