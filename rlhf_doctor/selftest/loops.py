@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SMALL", "in_train_mode", "reference_step"]
 
-SMALL: Mapping[str, Any] = {"batch_size": 16, "num_minibatches": 2, "ppo_epochs": 2, "response_length": 10}
+SMALL: Mapping[str, Any] = {"batch_size": 16, "num_minibatches": 2, "ppo_epochs": 1, "response_length": 10}
 
 
 def reference_step(

@@ -277,7 +277,7 @@ def with_replacement(healthy: RLHFSetup) -> RLHFSetup:
         calls["count"] += 1
         return permutation(n) if calls["count"] % 2 else torch.randint(n, (n,))
 
-    return patched_step(healthy, "randperm", drawn)
+    return patched_step(healthy, "randperm", drawn, settings={"ppo_epochs": 2})
 
 
 def gradients_kept(healthy: RLHFSetup) -> RLHFSetup:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rlhf_doctor.check import Check, Fault, registry
 from rlhf_doctor.examine import Examination, Options, examine
-from rlhf_doctor.finding import MODEL_ROLES, Confidence, Errored, Found, Severity, Skipped
+from rlhf_doctor.finding import MODEL_ROLES, Confidence, Errored, Found, Severity, Skipped, Stage
 from rlhf_doctor.setups import RLHFSetup
 
 __all__ = ["Patients", "Trial", "healthy_trials", "run", "summary", "try_fault", "try_healthy"]
@@ -202,12 +202,19 @@ def try_healthy(title: str, setup: RLHFSetup, codes: Sequence[str] = ()) -> Tria
 
 
 def try_fault(one: Check, fault: Fault, shared: Patients) -> Trial:
-    """A faulty setup must get the check's finding, also when the checks that come before it have run."""
+    """A faulty setup must get the check's finding, also when the checks that come before it have run.
+
+    What those wait for themselves can only silence them, so it is left out where the check is heard without it, and so
+    are the stages after the check's earliest one.
+    """
     started = time.perf_counter()
     try:
         setup = fault.make(**{name: getattr(shared, name) for name in fault.wants})
-        found = examine(setup, select=_with_earlier(one), options=Options(show=False))
-        said = _missed(one, found)
+        near, said = [one.code, *one.after], ""
+        for stage, codes in ((one.earliest, near), (Stage.TRACE, near), (Stage.TRACE, _with_earlier(one))):
+            said = _missed(one, examine(setup, select=codes, options=Options(stage=stage, show=False)))
+            if not said:
+                break
     except Exception:  # a fault that cannot even be made is a failed trial, and the others go on
         said = traceback.format_exc()
     return Trial(one.code, fault.title, said, time.perf_counter() - started)

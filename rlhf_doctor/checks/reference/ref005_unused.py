@@ -64,7 +64,9 @@ def reference_unused(traced: Traced, kl_terms: Divergence, setup: Any) -> Iterat
     if any(p.there for p in seen) or kl_terms.loss is None:
         return
     if place == "reward" and kl_terms.reward is None:
-        moves = [kl_terms.loss]  # what reaches the rewards reaches the policy
+        if not kl_terms.loss.identical:
+            return  # what reaches the rewards reaches the policy
+        moves = [kl_terms.loss]
     else:
         moves = seen
     if kl_terms.to_zero:

@@ -43,8 +43,11 @@ def cut(drawing: Drawing) -> Iterator[Finding]:
     """The drawn tokens all lie among the likely ones."""
     from rlhf_doctor.trace import odds
 
-    heat, found = odds.heat(drawing), odds.cut_odds(drawing)
-    if found is None or found[0] < max(odds.ALARM, heat.log_odds) or heat.log_odds < odds.ALARM:
+    found = odds.cut_odds(drawing)
+    if found is None or found[0] < odds.ALARM:
+        return
+    heat = odds.heat(drawing)  # after what is seen already: it draws more
+    if not odds.ALARM <= heat.log_odds <= found[0]:
         return
     yield Finding(
         "No unlikely token was drawn: the sampler leaves out a part of the distribution that the log-probabilities are "

@@ -30,7 +30,7 @@ def value_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
         a_t, so from the prompt's last token to the last but one of the response. A span that begins late and runs past
         the end, or begins in the prompt and ends early, is off its states. Then a value of the rollout is changed at
         one state, and the advantage that falls must be that state's. A span that only begins or ends elsewhere is a
-        matter of the mask.
+        matter of the mask, and so is one that the policy's loss has as well.
 
     Why it matters:
         A value one position late has seen the action that it is the baseline of, so it explains the advantage away; one
@@ -51,16 +51,20 @@ def value_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
         state after the last token is trained too is a convention, and let pass.
     """
     from rlhf_doctor.trace.critic import trained_spans
+    from rlhf_doctor.trace.spans import spans
 
-    spans = trained_spans(traced.base)
-    if not spans:
+    trained = trained_spans(traced.base)
+    if not trained:
         raise Unavailable("needs a critic that is trained on the responses")
-    late = [s for s in spans if s.first > 0]
-    early = [s for s in spans if s.first < 0 and s.last < s.length - 1]
-    if len(late) > MOST * len(spans) and any(s.last >= s.length for s in late):
-        yield _finding("after", [s for s in late if s.last >= s.length], [s.first for s in late])
-    elif len(early) > MOST * len(spans):
-        yield _finding("before", early, [s.last - s.length + 1 for s in early])
+    late = [s for s in trained if s.first > 0]
+    early = [s for s in trained if s.first < 0 and s.last < s.length - 1]
+    policy = spans(traced.base, "policy")
+    if len(late) > MOST * len(trained) and any(s.last >= s.length for s in late):
+        if not (~policy.first & (policy.after > 0)).any():
+            yield _finding("after", [s for s in late if s.last >= s.length], [s.first for s in late])
+    elif len(early) > MOST * len(trained):
+        if not (~policy.last & (policy.before > 0)).any():
+            yield _finding("before", early, [s.last - s.length + 1 for s in early])
     else:
         yield from _baselines(traced)
 
