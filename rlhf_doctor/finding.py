@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
@@ -131,4 +130,3 @@ class Errored:
 
 
 Outcome = Passed | Found | Skipped | Errored
-Outcomes = Mapping[str, Outcome]

@@ -204,7 +204,6 @@ class _Watcher(Recorder):
         if self.finished:
             return
         self.finished = True
-        self.note_gradients()
         self._moved = _moved(self._before, _fingerprints(self.setup))
         self._before = {}
 
@@ -233,7 +232,7 @@ class _Watcher(Recorder):
         calls: list[Call] = self.calls
         last = max([c.order for c in calls] + [order for order, _, _ in self.steps], default=0)
         ends = list(self.boundaries) if self.boundaries else [last]
-        return Run(calls, self.texts, self.steps, False, self._moved, ends, gradients=self.gradients)
+        return Run(calls, self.texts, self.steps, False, self._moved, ends)
 
 
 def _fingerprints(setup: RLHFSetup) -> dict[Role, dict[str, tuple[int, Tensor]]]:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rlhf_doctor.facts import Broken, Unavailable
-from rlhf_doctor.finding import MODEL_ROLES, Role
+from rlhf_doctor.finding import Role
 from rlhf_doctor.instruments.calling import Called, Caller, pick, takes_texts
 
 if TYPE_CHECKING:
@@ -394,8 +394,3 @@ def pooled_score_head(model: Any) -> Any:
         if isinstance(prefix, str) and hasattr(candidate, prefix) and width == 1:
             return head
     return None
-
-
-def roles_of(setup: RLHFSetup) -> tuple[Role, ...]:
-    """The roles that have a model object or path."""
-    return tuple(role for role in MODEL_ROLES if setup.model(role) is not None)

@@ -39,7 +39,6 @@ class Run:
     boundaries: list[int] = field(default_factory=list)  # order at the end of each step
     returned: Any = None
     error: str = ""
-    gradients: list[tuple[int, dict[Role, torch.Tensor]]] = field(default_factory=list)  # see ``Recorder.gradients``
     around: list[tuple[Role, bool, torch.Tensor]] = field(default_factory=list)  # see ``Recorder.around``
 
     def put_back(self, role: Role) -> int:
@@ -115,13 +114,12 @@ class Stepper:
                 if not may_fail:
                     raise Broken("loop", error) from raised
             moved = {} if (hold and not self.by_hand and self.runs) else self._moved()
-            recorder.note_gradients()
         self.runs += 1
         if self.runs == 1:
             self.trained = frozenset(c.role for c in recorder.calls if c.backwards)
         return Run(
             recorder.calls, recorder.texts, recorder.steps, stopped, moved, boundaries, returned, error,
-            recorder.gradients, recorder.around,
+            recorder.around,
         )  # fmt: skip
 
     def _moved(self) -> dict[Role, dict[str, float]]:

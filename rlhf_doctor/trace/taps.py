@@ -123,7 +123,6 @@ class Recorder(TorchFunctionMode):
         self.text_change = text_change
         self.known_optimizers = tuple(known_optimizers)
         self.trained = trained
-        self.gradients: list[tuple[int, dict[Role, Tensor]]] = []  # (order, role -> norms at a few parameters)
         self.around: list[tuple[Role, bool, Tensor]] = []  # (role, after a step, a few numbers of its parameters)
         self.calls: list[Call] = []
         self.texts: list[ScoredTexts] = []
@@ -465,7 +464,6 @@ class Recorder(TorchFunctionMode):
         self.order += 1
         self.steps.append((self.order, optimizer, frozenset[Role]().union(*owned)))
         self.note_weights(self.steps[-1][2], after=False)
-        self.note_gradients()
         if self.last_window is not None and self._complete(self.last_window):
             raise Enough
 
@@ -478,22 +476,6 @@ class Recorder(TorchFunctionMode):
                 if marks:
                     few = [p.detach().reshape(-1)[:2].float().cpu() for p in marks.values()]
                     self.around.append((role, after, torch.stack([torch.cat([x, x])[:2] for x in few])))
-
-    def note_gradients(self) -> None:
-        """Keep the gradients' norms at a few parameters of every role, NaN where there is none."""
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            self.gradients.append(
-                (
-                    self.order,
-                    {
-                        role: torch.stack(
-                            [torch.tensor(torch.nan) if p.grad is None else p.grad.float().norm().cpu() for p in marks]
-                        )
-                        for role, marks in self._marks.items()
-                        if marks
-                    },
-                )
-            )
 
     def _complete(self, windows: int) -> bool:
         trained = {c.role for c in self.calls if c.backwards} | self.trained
