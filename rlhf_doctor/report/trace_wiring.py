@@ -116,10 +116,12 @@ def _measured(name: str, setup: RLHFSetup, traced: Traced, terms: Divergence) ->
         return False, None, "no critic takes part in the step"
     if name in (REWARD, LOSS):
         penalty = terms.reward if name == REWARD else terms.loss
+        if _without_rewards(traced, terms):
+            return _by_the_policy(name, setup, traced, "the critic's targets hold no rewards")
         if penalty is not None:
             return _of_penalty(penalty, edge)
         if critic_free(traced):
-            return _without_returns(name, setup, traced)
+            return _by_the_policy(name, setup, traced, "there is no critic")
     if edge.gain is None:
         return None, None, edge.reason
     return edge.there, _gain(edge), "identical to the last bit" if edge.identical else edge.reason
@@ -135,17 +137,23 @@ def _gain(edge: Any) -> float | None:
     return None if edge.gain is None else rounded(round(edge.gain, 6))
 
 
-def _without_returns(name: str, setup: RLHFSetup, traced: Traced) -> tuple[bool | None, float | None, str]:
-    """Without a critic what the reference moves shows in the policy's gradient alone, by whichever way it came."""
+def _without_rewards(traced: Traced, terms: Divergence) -> bool:
+    """Whether a critic's targets follow neither scores nor reference, so that rewards do not show in them."""
+    target, kl = traced.recovered.edges.get(TARGET), terms.reward or traced.recovered.edges.get(REWARD)
+    known = not critic_free(traced) and target is not None and target.gain is not None and not target.there
+    return known and not (kl is not None and kl.there)
+
+
+def _by_the_policy(name: str, setup: RLHFSetup, traced: Traced, why: str) -> tuple[bool | None, float | None, str]:
+    """Where no rewards are seen, what the reference moves shows in the policy's gradient alone."""
     edge = traced.recovered.edges[LOSS]
     if edge.gain is None:
         return None, None, edge.reason
     if not edge.there:
         return False, 0.0, "identical to the last bit" if edge.identical else ""
-    declared = _expected(name, setup)[0]
-    if declared:
-        return True, None, "seen in the policy's gradient: without a critic the way there does not show"
-    return None, None, "without a critic the rewards do not show apart from the loss"
+    if _expected(name, setup)[0]:
+        return True, None, f"seen in the policy's gradient; which way it came does not show, since {why}"
+    return None, None, f"not told from a KL in the rewards or the loss, since {why}"
 
 
 def wiring_sentence(rows: list[dict[str, Any]], roles: list[dict[str, Any]]) -> str:
