@@ -60,6 +60,9 @@ class Check:
     after: tuple[str, ...]
     run: Callable[..., Iterable[Finding]]
     early: Stage | None = None
+    explains: tuple[str, ...] = ()
+    across_roles: bool = False
+    effect: bool = False
     faults: list[Fault] = field(default_factory=list)
 
     @property
@@ -125,6 +128,9 @@ def check(
     severity: Severity,
     after: tuple[str, ...] = (),
     early: Stage | None = None,
+    explains: tuple[str, ...] = (),
+    across_roles: bool = False,
+    effect: bool = False,
 ) -> Callable[[Callable[..., Iterable[Finding]]], Check]:
     """Register a function as the check ``code``.
 
@@ -135,6 +141,10 @@ def check(
         severity: of its findings, unless a finding says otherwise.
         after: codes that must not have found anything in the same role before this one runs.
         early: an earlier stage at which some of its faults show already, with what is known by then.
+        explains: codes whose findings follow from this one's where both have some; those of another model's only if
+            ``across_roles``, or if either is about the loop or the setup.
+        across_roles: whether that holds for any roles.
+        effect: whether it shows what other faults come to, so that it is no first cause while another stands.
 
     Raises:
         ValueError: the code is registered already.
@@ -143,7 +153,7 @@ def check(
     def register(run: Callable[..., Iterable[Finding]]) -> Check:
         if code in _REGISTRY:
             raise ValueError(f"{code} is registered twice: {_REGISTRY[code].run.__module__} and {run.__module__}")
-        made = Check(code, title, stage, severity, after, run, early)
+        made = Check(code, title, stage, severity, after, run, early, explains, across_roles, effect)
         _REGISTRY[code] = made
         return made
 

@@ -25,7 +25,7 @@ CHECKS = list(registry().values())
 PACKAGE = ROOT / "rlhf_doctor"
 CODE = re.compile(r"[A-Z]{3}\d{3}")
 CHECK_FILES = sorted(path for path in (PACKAGE / "checks").rglob("*.py") if re.match(r"[a-z]{3}\d{3}_", path.name))
-LONGEST = 100  # lines of code that a check needs, imports, page and faults not counted
+LONGEST = 100  # lines of code that a check needs, imports, declaration, page and faults not counted
 HEAVY = ("torch", "transformers", "peft", "safetensors", "numpy")
 # From the left to the right, as a setup passes them; nothing imports what lies to the right of it.
 PATH = ("setups", "sources", "instruments", "checks", "examine", "diagnosis", "report")
@@ -66,7 +66,7 @@ def module_of(path: Path) -> str:
 
 
 def code_of(one: Check) -> int:
-    """Lines of the check and of what it uses of its file, without docstrings, comments and blank lines."""
+    """Lines of the check and of what it uses of its file, without docstrings, comments, blank lines and decorators."""
     source = Path(inspect.getfile(one.run)).read_text(encoding="utf-8")
     tree, lines = ast.parse(source), source.splitlines()
     defined: dict[str, ast.stmt] = {}
@@ -84,8 +84,7 @@ def code_of(one: Check) -> int:
             queue += [defined[n.id] for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in defined]
     counted: set[int] = set()
     for node in used:
-        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-        counted |= set(range(first, (node.end_lineno or first) + 1))
+        counted |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     for inner in (inner for node in used for inner in ast.walk(node)):
         if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner):
             counted -= set(range(inner.body[0].lineno, (inner.body[0].end_lineno or 0) + 1))
@@ -174,14 +173,13 @@ def test_it_is_short(one: Check) -> None:
 
 
 def test_codes_of_the_diagnosis_are_codes() -> None:
-    explains = diagnosis.EXPLAINS
-    effects = {code for codes in explains.values() for code in codes}
-    named = {*explains, *effects, *diagnosis.ACROSS_ROLES, *diagnosis.EFFECTS}
+    explained = {one.code: one.explains for one in CHECKS if one.explains}
+    named = {*explained, *(code for codes in explained.values() for code in codes)}
     assert [code for code in named if not CODE.fullmatch(code)] == []
     assert [code for code in named if not code.startswith(diagnosis.ORDER)] == []
     assert {one.code[:3] for one in CHECKS} <= {place[:3] for place in diagnosis.ORDER}
-    assert [root for root, codes in explains.items() if root in codes or len(set(codes)) != len(codes)] == []
-    assert set(explains) >= diagnosis.ACROSS_ROLES
+    assert [root for root, codes in explained.items() if root in codes or len(set(codes)) != len(codes)] == []
+    assert [one.code for one in CHECKS if one.across_roles and not one.explains] == []
 
 
 @pytest.mark.parametrize("path", LIGHT, ids=relative)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ADV002", "ADV005", "ADV006", "ADV007"),
+    explains=("ADV008", "VAL011", "ADV006", "SYS008"),
+    across_roles=True,
 )
 def discount_differs(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL005", "ROL009"),
+    explains=("ADV008", "VAL009", "ADV001", "ADV006", "VAL011", "REW014", "SYS008", "ADV004", "ADV009"),
+    across_roles=True,
 )
 def reward_misplaced(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -19,6 +19,8 @@ TOLERANCE = 1e-4
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL005", "ROL009", "KLD005"),
+    explains=("LOS005", "ADV006", "ADV004", "ADV001"),
+    across_roles=True,
 )
 def padding_leaks_into_advantages(traced: Traced) -> Iterator[Finding]:
     """

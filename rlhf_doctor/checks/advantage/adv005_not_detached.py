@@ -18,6 +18,8 @@ TOLERANCE = 1e-3
     "no gradient flows through the advantages",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    explains=("VAL012", "SYS008", "ADV001", "ADV004", "ADV006", "ADV007", "VAL009", "VAL010", "VAL011", "VAL013"),
+    across_roles=True,
 )
 def advantage_not_detached(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

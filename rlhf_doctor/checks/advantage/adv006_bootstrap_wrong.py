@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL005", "ROL009", "VAL013", "ADV002", "ADV003", "ADV005", "ADV007"),
+    explains=("ADV003", "ADV001", "ADV004", "VAL015"),
+    across_roles=True,
 )
 def bootstrap_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

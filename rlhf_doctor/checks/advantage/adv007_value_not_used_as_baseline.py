@@ -17,6 +17,8 @@ from rlhf_doctor.instruments.tracing import Traced
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL009", "VAL013", "ADV005"),
+    explains=("SYS008", "ADV001", "ADV004", "ADV006"),
+    across_roles=True,
 )
 def value_not_used_as_baseline(traced: Traced) -> Iterator[Finding]:
     """

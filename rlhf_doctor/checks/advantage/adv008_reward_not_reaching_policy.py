@@ -17,6 +17,8 @@ from rlhf_doctor.instruments.tracing import Traced
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ADV002", "ADV009"),
+    explains=("SYS008", "ADV004", "ADV010"),
+    effect=True,
 )
 def reward_not_reaching_policy(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

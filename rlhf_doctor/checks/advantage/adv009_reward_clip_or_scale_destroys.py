@@ -26,6 +26,8 @@ FAINT = 0.01  # of the largest weight: what a score leaves that a clip lets thro
     stage=Stage.TRACE,
     severity=Severity.WARNING,
     after=("ADV002",),
+    explains=("ADV008", "VAL009", "REW014", "SYS008", "ADV010", "ADV004"),
+    across_roles=True,
 )
 def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

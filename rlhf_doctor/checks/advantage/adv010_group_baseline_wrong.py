@@ -21,6 +21,7 @@ TOLERANCE = 2e-3
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ADV002", "ADV008", "ADV009"),
+    explains=("ADV004", "ADV009", "SYS008"),
 )
 def group_baseline_wrong(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -16,7 +16,13 @@ WHOLE = ("ppo_epochs", "num_minibatches", "batch_size", "prompt_length", "respon
 MANY_UPDATES = 32
 
 
-@check("CFG001", "options are near what has been published", stage=Stage.STATIC, severity=Severity.WARNING)
+@check(
+    "CFG001",
+    "options are near what has been published",
+    stage=Stage.STATIC,
+    severity=Severity.WARNING,
+    explains=("MET005",),
+)
 def out_of_range(setup: Any) -> Iterator[Finding]:
     """
     What it examines:

@@ -20,7 +20,14 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-@check("CFG002", "no option contradicts another", stage=Stage.STATIC, severity=Severity.ERROR)
+@check(
+    "CFG002",
+    "no option contradicts another",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("LOS007", "LOS002"),
+    across_roles=True,
+)
 def contradicting_options(setup: Any, manifest: Mapping[Role, Manifest] | None = None) -> Iterator[Finding]:
     """
     What it examines:

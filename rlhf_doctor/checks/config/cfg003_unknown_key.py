@@ -15,7 +15,14 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.setups import DECLARED_NAMES
 
 
-@check("CFG003", "every declared option has a meaning", stage=Stage.STATIC, severity=Severity.WARNING)
+@check(
+    "CFG003",
+    "every declared option has a meaning",
+    stage=Stage.STATIC,
+    severity=Severity.WARNING,
+    explains=("LOS007",),
+    across_roles=True,
+)
 def unknown_key(setup: Any) -> Iterator[Finding]:
     """
     What it examines:

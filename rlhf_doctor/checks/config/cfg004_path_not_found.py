@@ -13,7 +13,14 @@ from rlhf_doctor.instruments.files import BadFile, read_json
 from rlhf_doctor.nearest import near_path
 
 
-@check("CFG004", "every path is there", stage=Stage.STATIC, severity=Severity.ERROR)
+@check(
+    "CFG004",
+    "every path is there",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("SYS001", "SYS007"),
+    across_roles=True,
+)
 def path_not_found(setup: Any) -> Iterator[Finding]:
     """
     What it examines:

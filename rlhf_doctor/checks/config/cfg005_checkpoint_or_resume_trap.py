@@ -15,7 +15,13 @@ from rlhf_doctor.instruments.readings import Manifest
 from rlhf_doctor.instruments.run_state import RunState
 
 
-@check("CFG005", "a resumed run goes on in all its parts", stage=Stage.STATIC, severity=Severity.WARNING)
+@check(
+    "CFG005",
+    "a resumed run goes on in all its parts",
+    stage=Stage.STATIC,
+    severity=Severity.WARNING,
+    explains=("VAL007", "ROL008"),
+)
 def checkpoint_or_resume_trap(
     setup: Any,
     manifest: Mapping[Role, Manifest],

@@ -14,7 +14,13 @@ PLACES = ("reward", "loss")
 NOWHERE = ("", "none", "off", "false", "no", "null", "nowhere", "disabled", "[]", "()")
 
 
-@check("KLD001", "the KL coefficient is positive and acts somewhere", stage=Stage.STATIC, severity=Severity.WARNING)
+@check(
+    "KLD001",
+    "the KL coefficient is positive and acts somewhere",
+    stage=Stage.STATIC,
+    severity=Severity.WARNING,
+    explains=("REF005", "KLD002", "KLD003", "SYS008"),
+)
 def kl_coefficient(setup: Any) -> Iterator[Finding]:
     """
     What it examines:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @check(
     "KLD002", "divergence from the reference is penalised", stage=Stage.TRACE, severity=Severity.ERROR,
-    after=("REF005", "REF006", "VAL010"),
+    after=("REF005", "REF006", "VAL010"), explains=("KLD003", "KLD004", "SYS008"), across_roles=True,
 )  # fmt: skip
 def kl_wrong_sign(kl_terms: Divergence, setup: Any) -> Iterator[Finding]:
     """

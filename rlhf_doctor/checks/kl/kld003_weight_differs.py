@@ -19,7 +19,7 @@ NEAR = 0.03  # of the coefficient
 
 @check(
     "KLD003", "the KL acts once, with the declared coefficient", stage=Stage.TRACE, severity=Severity.ERROR,
-    after=("REF005", "REF006", "KLD002", "KLD004", "VAL010"),
+    after=("REF005", "REF006", "KLD002", "KLD004", "VAL010"), explains=("SYS008",), across_roles=True,
 )  # fmt: skip
 def kl_weight_differs(kl_terms: Divergence, setup: Any) -> Iterator[Finding]:
     """

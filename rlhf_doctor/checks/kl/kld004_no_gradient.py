@@ -19,7 +19,7 @@ NEAR = 0.1  # of the coefficient
 
 @check(
     "KLD004", "the KL is the declared estimator, and in the loss it has a gradient", stage=Stage.TRACE,
-    severity=Severity.ERROR, after=("REF005", "REF006", "KLD002", "VAL010"),
+    severity=Severity.ERROR, after=("REF005", "REF006", "KLD002", "VAL010"), explains=("KLD003", "SYS008"),
 )  # fmt: skip
 def kl_no_gradient(kl_terms: Divergence, setup: Any) -> Iterator[Finding]:
     """

@@ -17,7 +17,7 @@ LEAST = 1e-4  # of a reward, where the reference was moved by about a nat in eve
 
 @check(
     "KLD005", "only response tokens add to the KL", stage=Stage.TRACE, severity=Severity.ERROR,
-    after=("REF005", "ROL005"),
+    after=("REF005", "ROL005"), explains=("ADV003", "LOS005"), across_roles=True,
 )  # fmt: skip
 def kl_over_padding(kl_leak: Leak) -> Iterator[Finding]:
     """

@@ -18,7 +18,7 @@ OF_A_TOKEN = 1.0  # nats: targets for a response are from 1 up (Ziegler et al.: 
 
 @check(
     "KLD006", "the KL coefficient moves as declared", stage=Stage.TRACE, severity=Severity.WARNING,
-    after=("REF005", "REF006", "KLD002", "KLD003", "KLD004"),
+    after=("REF005", "REF006", "KLD002", "KLD003", "KLD004"), explains=("KLD003",),
 )  # fmt: skip
 def kl_controller_inert(kl_controller: Controlled, setup: Any) -> Iterator[Finding]:
     """

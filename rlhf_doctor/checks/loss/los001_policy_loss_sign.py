@@ -16,6 +16,8 @@ from rlhf_doctor.instruments.tracing import Traced
     "a positive advantage raises the token's log-probability",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    explains=("ADV008", "LOS006", "SYS008"),
+    across_roles=True,
 )
 def policy_loss_sign(traced: Traced) -> Iterator[Finding]:
     """

@@ -22,6 +22,8 @@ FEW = 6
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("VAL002", "ROL003"),
+    explains=("VAL009", "VAL010", "SYS008", "MET012"),
+    across_roles=True,
 )
 def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = None) -> Iterator[Finding]:
     """

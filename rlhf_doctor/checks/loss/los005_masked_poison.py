@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("PRE004",),
+    effect=True,
 )
 def masked_poison(traced: Traced, disturbed: Disturbed | None = None) -> Iterator[Finding]:
     """

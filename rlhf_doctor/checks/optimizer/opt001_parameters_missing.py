@@ -23,6 +23,7 @@ WRAPPING = ("weight", "modules_to_save", "default", "original_module")
     severity=Severity.ERROR,
     after=("SYS012",),
     early=Stage.STATIC,
+    explains=("OPT002", "VAL008", "VAL009"),
 )
 def parameters_missing(
     setup: Any,

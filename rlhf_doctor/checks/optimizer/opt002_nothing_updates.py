@@ -17,6 +17,7 @@ from rlhf_doctor.instruments.tracing import Traced
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("OPT001", "PRE001", "OPT004"),
+    effect=True,
 )
 def nothing_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

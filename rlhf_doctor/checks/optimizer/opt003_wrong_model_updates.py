@@ -19,6 +19,8 @@ TRAINED: tuple[Role, ...] = ("policy", "value")
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("SYS003", "REF003", "REW008"),
+    explains=("REF002", "SYS008", "REF005"),
+    across_roles=True,
 )
 def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     "each update uses the gradients of its own passes, divided by their number",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    explains=("LOS003", "OPT002", "OPT006", "VAL008"),
 )
 def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Finding]:
     """

@@ -12,7 +12,14 @@ from rlhf_doctor.instruments.decoders import shape_fault
 from rlhf_doctor.instruments.readings import Architecture, Census, Influence, Manifest
 
 
-@check("POL001", "the policy is a Transformer decoder", stage=Stage.PROBE, severity=Severity.ERROR)
+@check(
+    "POL001",
+    "the policy is a Transformer decoder",
+    stage=Stage.PROBE,
+    severity=Severity.ERROR,
+    explains=("POL003", "POL004", "POL006", "POL007", "REF001", "REF002", "SYS004"),
+    across_roles=True,
+)
 def policy_not_transformer_decoder(
     policy_manifest: Manifest,
     policy_architecture: Architecture | None = None,

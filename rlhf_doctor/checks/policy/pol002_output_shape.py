@@ -16,6 +16,8 @@ from rlhf_doctor.instruments.readings import Manifest, Output
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("PRE004",),
+    explains=("POL007", "REF002", "SYS004"),
+    across_roles=True,
 )
 def policy_output_shape(policy_output: Output, policy_manifest: Manifest) -> Iterator[Finding]:
     """

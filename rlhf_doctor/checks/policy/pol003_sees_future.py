@@ -17,6 +17,8 @@ from rlhf_doctor.instruments.readings import Influence, Invariance, Manifest
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("POL002", "PRE004"),
+    explains=("POL004", "POL006", "POL007", "REF001", "REF002"),
+    across_roles=True,
 )
 def policy_sees_future(
     policy_influence: Influence, policy_manifest: Manifest, policy_invariance: Invariance | None = None

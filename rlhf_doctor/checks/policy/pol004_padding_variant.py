@@ -28,6 +28,8 @@ CAUSES = {
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("POL005", "POL002", "PRE004"),
+    explains=("VAL004", "REW005", "ROL003", "REF002", "POL006", "ROL011"),
+    across_roles=True,
 )
 def policy_padding_variant(
     policy_invariance: Invariance,

@@ -17,6 +17,8 @@ from rlhf_doctor.instruments.repeats import repeat_fault
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("POL002", "PRE004"),
+    explains=("REF004", "ROL003", "SYS009", "REF002", "POL004", "POL006", "LOS003"),
+    across_roles=True,
 )
 def policy_dropout_active(
     setup: Any,

@@ -20,6 +20,7 @@ FP16_SMALLEST = 6e-8  # the smallest positive float16; an epsilon below half of 
     stage=Stage.STATIC,
     severity=Severity.ERROR,
     after=("PRE003", "PRE004"),
+    explains=("OPT002",),
 )
 def low_precision_update(
     policy_lost_updates: LostUpdates | None = None,

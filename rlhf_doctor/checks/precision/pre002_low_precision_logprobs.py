@@ -21,6 +21,7 @@ IN_HALF, IN_FLOAT32 = 0.05, 1e-3
     stage=Stage.PROBE,
     severity=Severity.WARNING,
     after=("PRE003", "PRE004"),
+    explains=("ROL003", "MET011"),
 )
 def low_precision_logprobs(
     policy_head_rounding: HeadRounding,

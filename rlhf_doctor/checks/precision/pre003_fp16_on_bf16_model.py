@@ -16,7 +16,14 @@ from rlhf_doctor.instruments.readings import Manifest, Output
 FP16 = ("fp16", "float16", "half", "f16", "torch.float16", "torch.half", "16", "16-mixed", "16-true", "fp16-mixed")
 
 
-@check("PRE003", "a bfloat16 model is not run in float16", stage=Stage.STATIC, severity=Severity.ERROR)
+@check(
+    "PRE003",
+    "a bfloat16 model is not run in float16",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("PRE004", "REW011", "PRE001", "PRE002"),
+    across_roles=True,
+)
 def fp16_on_bf16_model(
     setup: Any,
     options: Any,

@@ -11,7 +11,14 @@ from rlhf_doctor.finding import MODEL_ROLES, Confidence, Evidence, Finding, Role
 from rlhf_doctor.instruments.readings import Output, Parameters
 
 
-@check("PRE004", "parameters and outputs are finite", stage=Stage.PROBE, severity=Severity.ERROR)
+@check(
+    "PRE004",
+    "parameters and outputs are finite",
+    stage=Stage.PROBE,
+    severity=Severity.ERROR,
+    explains=("REW011", "REF002", "REW006", "VAL006"),
+    across_roles=True,
+)
 def not_finite(
     parameters: Mapping[Role, Parameters] | None = None, output: Mapping[Role, Output] | None = None
 ) -> Iterator[Finding]:

@@ -12,7 +12,13 @@ from rlhf_doctor.instruments.decoders import shape_fault
 from rlhf_doctor.instruments.readings import Architecture, Census, Influence, Invariance, Manifest
 
 
-@check("REF001", "the reference is a Transformer decoder", stage=Stage.PROBE, severity=Severity.ERROR)
+@check(
+    "REF001",
+    "the reference is a Transformer decoder",
+    stage=Stage.PROBE,
+    severity=Severity.ERROR,
+    explains=("SYS004", "REF002"),
+)
 def reference_not_transformer_decoder(
     reference_manifest: Manifest,
     reference_architecture: Architecture | None = None,

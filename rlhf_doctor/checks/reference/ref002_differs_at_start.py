@@ -19,6 +19,8 @@ HERE = ("policy", "adapter-off", "adapter_off", "copy", "self", "initial", "init
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REF001", "PRE004"),
+    explains=("POL007",),
+    across_roles=True,
 )
 def reference_differs_at_start(setup: Any, agreement: Agreement, begun: str = "") -> Iterator[Finding]:
     """

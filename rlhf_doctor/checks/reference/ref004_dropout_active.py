@@ -19,6 +19,8 @@ from rlhf_doctor.instruments.tracing import Traced
     early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REF001", "PRE004"),
+    explains=("REF002",),
+    across_roles=True,
 )
 def reference_dropout_active(
     setup: Any,

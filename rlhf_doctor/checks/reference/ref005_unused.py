@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 PULLS = 0.2  # of the coefficient
 
 
-@check("REF005", "the reference holds the policy", stage=Stage.TRACE, severity=Severity.ERROR, after=("REF001",))
+@check(
+    "REF005",
+    "the reference holds the policy",
+    stage=Stage.TRACE,
+    severity=Severity.ERROR,
+    after=("REF001",),
+    explains=("KLD003", "KLD004", "LOS008", "SYS008"),
+    across_roles=True,
+)
 def reference_unused(traced: Traced, kl_terms: Divergence, setup: Any) -> Iterator[Finding]:
     """
     What it examines:

@@ -21,7 +21,7 @@ ROUNDINGS = 10  # from the mean over the vocabulary to the largest of single tok
 
 @check(
     "REF006", "the reference scores the same tokens as the policy", stage=Stage.TRACE, severity=Severity.ERROR,
-    after=("REF002", "REF004"),
+    after=("REF002", "REF004"), explains=("KLD003", "REF005", "SYS008"), across_roles=True,
 )  # fmt: skip
 def reference_scores_other_tokens(
     reference_view: ReferenceView, kl_terms: Divergence, traced: Traced, setup: Any, agreement: Agreement | None = None

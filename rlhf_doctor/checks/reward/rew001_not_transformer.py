@@ -16,6 +16,7 @@ from rlhf_doctor.instruments.readings import Architecture, Census, Influence
     "the reward model is a Transformer, like the policy it judges",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
+    explains=("REW004", "REW005", "SYS004", "REW006", "REW009", "REW012", "REW013"),
 )
 def reward_not_transformer(
     reward_architecture: Architecture,

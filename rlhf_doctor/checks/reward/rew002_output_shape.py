@@ -31,6 +31,8 @@ MEANINGS = {
     severity=Severity.ERROR,
     after=("PRE004",),
     early=Stage.STATIC,
+    explains=("REW006", "REW009", "REW010", "REW004", "REW012", "REW013", "VAL007"),
+    across_roles=True,
 )
 def reward_output_shape(
     reward_manifest: Manifest,

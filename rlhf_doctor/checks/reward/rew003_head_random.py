@@ -18,6 +18,7 @@ from rlhf_doctor.instruments.stored_head import StoredHead
     stage=Stage.STATIC,
     severity=Severity.ERROR,
     after=("SYS002",),
+    explains=("SYS007", "REW007", "REW009", "REW010", "REW012", "REW013"),
 )
 def reward_head_random(
     reward_manifest: Manifest,

@@ -19,6 +19,7 @@ from rlhf_doctor.instruments.tracing import Traced
     early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REW001",),
+    explains=("TOK001", "REW005", "REW006", "REW009", "TOK005", "REW012", "REW013"),
 )
 def reward_reads_wrong_token(
     reward_reading: Reading, reward_manifest: Manifest, inputs: Inputs, setup: Any, traced: Traced | None = None

@@ -17,6 +17,7 @@ from rlhf_doctor.instruments.readings import Invariance, Manifest, Output, Readi
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REW001", "REW002", "REW004", "REW007", "PRE004"),
+    explains=("REW009", "REW012", "REW013"),
 )
 def reward_padding_variant(
     reward_invariance: Invariance,

@@ -27,6 +27,7 @@ from rlhf_doctor.instruments.variation import Variation
     early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REW001", "PRE004"),
+    explains=("REW009", "REW010", "REW012", "REW013"),
 )
 def reward_constant(
     setup: Any,

@@ -19,6 +19,7 @@ from rlhf_doctor.instruments.readings import Invariance, Parameters
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("PRE004",),
+    explains=("REW005", "REW009"),
 )
 def reward_not_deterministic(
     reward_invariance: Invariance | None = None,

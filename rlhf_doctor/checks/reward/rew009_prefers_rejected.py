@@ -21,6 +21,7 @@ DOUBT, CHANCE = 0.01, 0.05
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("REW006", "REW007", "PRE004"),
+    effect=True,
 )
 def reward_prefers_rejected(reward_preferences: PairScores, setup: Any) -> Iterator[Finding]:
     """

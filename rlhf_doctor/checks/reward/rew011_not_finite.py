@@ -24,6 +24,7 @@ TIES, FEWEST = 0.1, 3
     "every score is a finite number, fine enough to tell texts apart",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
+    explains=("REW002", "REW006", "REW007", "REW010"),
 )
 def reward_not_finite(
     reward_manifest: Manifest,

@@ -25,6 +25,7 @@ FAR, STRAIGHT = 3.0, 1.6
     stage=Stage.PROBE,
     severity=Severity.WARNING,
     after=("REW001", "REW004", "REW006", "REW007", "REW011"),
+    explains=("MET006", "MET008"),
 )
 def reward_length_bias(
     reward_growth: Growth, reward_on_samples: OnSamples, reward_manifest: Manifest

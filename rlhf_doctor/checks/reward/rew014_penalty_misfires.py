@@ -18,7 +18,8 @@ NEAR = 0.05  # of the penalty
 
 @check(
     "REW014", "the missing-EOS penalty is taken from the responses that have none", stage=Stage.TRACE,
-    severity=Severity.ERROR, after=("REW004", "ADV002", "VAL009", "VAL010"),
+    severity=Severity.ERROR, after=("REW004", "ADV002", "VAL009", "VAL010"), explains=("ADV009", "SYS008"),
+    across_roles=True,
 )  # fmt: skip
 def penalty_misfires(last_rewards: Surplus, setup: Any) -> Iterator[Finding]:
     """

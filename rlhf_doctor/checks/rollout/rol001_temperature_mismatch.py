@@ -23,6 +23,8 @@ OFF = 0.02  # of the temperature: twenty times what bfloat16 leaves of a slope o
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL002", "ROL008", "ROL010", "ROL011"),
+    explains=("ROL003", "MET002", "MET011", "LOS002"),
+    across_roles=True,
 )
 def temperature_mismatch(traced: Traced, drawing: Drawing, setup: Any) -> Iterator[Finding]:
     """

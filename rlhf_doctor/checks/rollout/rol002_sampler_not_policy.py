@@ -31,6 +31,8 @@ UNCHOSEN_TOP_K = 50
     "responses are drawn from the distribution that is scored",
     stage=Stage.STATIC,
     severity=Severity.ERROR,
+    explains=("ROL003", "MET002", "MET011", "ROL001"),
+    across_roles=True,
 )
 def sampler_not_policy(
     setup: Any, policy_manifest: Manifest | None = None, drawing: Drawing | None = None

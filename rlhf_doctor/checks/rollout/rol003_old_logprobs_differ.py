@@ -20,6 +20,8 @@ NOISE = 0.02, 0.2  # nats, on average and at most: as far as an engine in half p
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL001", "ROL004", "ROL008", "ROL010"),
+    explains=("LOS002", "MET012"),
+    effect=True,
 )
 def old_logprobs_differ(traced: Traced, drawing: Drawing, setup: Any) -> Iterator[Finding]:
     """

@@ -20,6 +20,8 @@ WHERE = {-1: "the token before", 1: "the token after", -2: "the token two before
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL010",),
+    explains=("ROL003", "ROL001", "ADV008", "SYS008", "LOS001", "KLD005", "VAL013", "KLD003"),
+    across_roles=True,
 )
 def logprobs_shifted(traced: Traced) -> Iterator[Finding]:
     """

@@ -22,6 +22,8 @@ FEW = 2
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL003", "ROL004", "ROL009", "ROL010", "VAL013"),
+    explains=("LOS005", "LOS003", "ADV003", "KLD005", "ADV004", "ADV002", "ADV006", "ROL003", "SYS008", "KLD003"),
+    across_roles=True,
 )
 def response_mask_wrong(traced: Traced) -> Iterator[Finding]:
     """

@@ -21,6 +21,7 @@ MOST = 0.9
     stage=Stage.PROBE,
     severity=Severity.WARNING,
     early=Stage.STATIC,
+    explains=("MET007", "MET008"),
 )
 def never_stops(
     setup: Any, policy_samples: Samples | None = None, policy_text_loss: TextLoss | None = None

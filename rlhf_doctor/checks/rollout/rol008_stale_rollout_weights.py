@@ -16,6 +16,8 @@ from rlhf_doctor.instruments.drawing import Drawing
     "the sampler has the policy's present weights",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    explains=("MET011", "ROL003", "ROL011", "ROL001"),
+    across_roles=True,
 )
 def stale_rollout_weights(drawing: Drawing, setup: Any) -> Iterator[Finding]:
     """

@@ -17,6 +17,25 @@ from rlhf_doctor.instruments.tracing import Traced
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL004", "ROL010"),
+    explains=(
+        "VAL013",
+        "ADV008",
+        "ADV002",
+        "ADV001",
+        "ROL003",
+        "VAL009",
+        "VAL011",
+        "LOS004",
+        "SYS008",
+        "ROL005",
+        "ADV004",
+        "KLD005",
+        "ADV003",
+        "KLD003",
+        "ADV006",
+        "ADV007",
+    ),
+    across_roles=True,
 )
 def rows_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -15,6 +15,8 @@ from rlhf_doctor.instruments.drawing import Drawing
     "what was drawn is what is scored and trained on",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    explains=("ROL003", "ROL004", "ROL005", "ROL001", "REW014", "TOK007", "ROL011", "KLD005"),
+    across_roles=True,
 )
 def generation_corrupts_ids(drawing: Drawing) -> Iterator[Finding]:
     """

@@ -17,6 +17,8 @@ from rlhf_doctor.instruments.drawing import Drawing
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL010",),
+    explains=("ROL003", "ROL001"),
+    across_roles=True,
 )
 def sampler_context_differs(drawing: Drawing) -> Iterator[Finding]:
     """

@@ -18,6 +18,8 @@ from rlhf_doctor.instruments.sharing import Sharing
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     early=Stage.STATIC,
+    explains=("REF003", "OPT003", "REW008", "VAL007", "REF005", "REF006", "KLD003", "SYS008"),
+    across_roles=True,
 )
 def roles_share_weights(
     setup: Any, sharing: tuple[Sharing, ...], manifest: Mapping[Role, Manifest]

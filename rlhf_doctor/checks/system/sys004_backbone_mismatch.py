@@ -15,7 +15,14 @@ from rlhf_doctor.instruments.readings import Manifest
 SIZES = ("intermediate_size", "n_inner", "num_attention_heads", "n_head", "num_key_value_heads", "num_local_experts")
 
 
-@check("SYS004", "the models share one backbone where they should", stage=Stage.STATIC, severity=Severity.WARNING)
+@check(
+    "SYS004",
+    "the models share one backbone where they should",
+    stage=Stage.STATIC,
+    severity=Severity.WARNING,
+    explains=("REF002", "POL007"),
+    across_roles=True,
+)
 def backbone_mismatch(setup: Any, manifest: Mapping[Role, Manifest]) -> Iterator[Finding]:
     """
     What it examines:

@@ -13,7 +13,14 @@ from rlhf_doctor.instruments.scored_ids import ScoredIds
 from rlhf_doctor.instruments.vocabularies import Fed
 
 
-@check("SYS005", "every role is fed ids that its embedding knows", stage=Stage.STATIC, severity=Severity.ERROR)
+@check(
+    "SYS005",
+    "every role is fed ids that its embedding knows",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("TOK002", "TOK003", "TOK006", "REW009", "SYS007", "SYS004"),
+    across_roles=True,
+)
 def vocabulary_mismatch(
     setup: Any,
     manifest: Mapping[Role, Manifest],

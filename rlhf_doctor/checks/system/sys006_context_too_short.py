@@ -18,7 +18,14 @@ UNLIMITED = ("bloom", "mpt", "t5", "mt5", "umt5", "mamba", "mamba2", "falcon_mam
 LONGER = ("linear", "dynamic", "yarn", "longrope", "su", "ntk")
 
 
-@check("SYS006", "every role can hold prompt and response", stage=Stage.STATIC, severity=Severity.ERROR)
+@check(
+    "SYS006",
+    "every role can hold prompt and response",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("TOK008", "REW009", "REW012"),
+    across_roles=True,
+)
 def context_too_short(
     setup: Any,
     manifest: Mapping[Role, Manifest],

@@ -17,7 +17,14 @@ NOT_LEARNT = ("rotary_emb", "inv_freq", "masked_bias", "attn.bias", "attention.b
 VERB = {"absent": "lacks", "shape": "has another shape for", "renamed": "holds under another name"}
 
 
-@check("SYS007", "a checkpoint holds every weight of its architecture", stage=Stage.STATIC, severity=Severity.ERROR)
+@check(
+    "SYS007",
+    "a checkpoint holds every weight of its architecture",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("REF002", "POL007", "REW009", "REW010", "VAL007", "VAL015"),
+    across_roles=True,
+)
 def weights_not_in_checkpoint(
     manifest: Mapping[Role, Manifest], loading: Mapping[Role, Loading] | None = None
 ) -> Iterator[Finding]:

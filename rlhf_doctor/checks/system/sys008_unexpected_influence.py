@@ -20,6 +20,7 @@ SMALL = 1e-3  # of a unit: float32 gives some 1e-6, bfloat16 some 1e-3 where a d
     "the models influence one another as the algorithm says",
     stage=Stage.TRACE,
     severity=Severity.ERROR,
+    effect=True,
 )
 def unexpected_influence(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -21,7 +21,14 @@ HINTS = {
 }
 
 
-@check("SYS009", "a step run again from the same state gives the same", stage=Stage.TRACE, severity=Severity.WARNING)
+@check(
+    "SYS009",
+    "a step run again from the same state gives the same",
+    stage=Stage.TRACE,
+    severity=Severity.WARNING,
+    explains=("ROL007",),
+    across_roles=True,
+)
 def step_not_reproducible(traced: Traced, setup: Any) -> Iterator[Finding]:
     """
     What it examines:

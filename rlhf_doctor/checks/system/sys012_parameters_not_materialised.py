@@ -12,7 +12,14 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Role, Severity, S
 from rlhf_doctor.instruments.materials import Materials
 
 
-@check("SYS012", "every weight is in memory before the first forward pass", stage=Stage.PROBE, severity=Severity.ERROR)
+@check(
+    "SYS012",
+    "every weight is in memory before the first forward pass",
+    stage=Stage.PROBE,
+    severity=Severity.ERROR,
+    explains=("PRE004", "SYS007"),
+    across_roles=True,
+)
 def parameters_not_materialised(materials: Mapping[Role, Materials]) -> Iterator[Finding]:
     """
     What it examines:

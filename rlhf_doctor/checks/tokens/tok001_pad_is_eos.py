@@ -15,7 +15,13 @@ from rlhf_doctor.instruments.tracing import Traced
 from rlhf_doctor.instruments.vocabularies import Fed
 
 
-@check("TOK001", "a real EOS is not taken for padding", stage=Stage.STATIC, severity=Severity.WARNING)
+@check(
+    "TOK001",
+    "a real EOS is not taken for padding",
+    stage=Stage.STATIC,
+    severity=Severity.WARNING,
+    explains=("ROL005", "ROL004"),
+)
 def pad_is_eos(
     vocabularies: Mapping[Role, Fed],
     padded_prompts: PaddedPrompts | None = None,

@@ -17,7 +17,14 @@ from rlhf_doctor.instruments.vocabularies import Fed
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta", "deberta-v2", "albert", "modernbert")
 
 
-@check("TOK002", "everyone pads with one token that everyone knows", stage=Stage.STATIC, severity=Severity.ERROR)
+@check(
+    "TOK002",
+    "everyone pads with one token that everyone knows",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("REW004", "REW005", "TOK001"),
+    across_roles=True,
+)
 def pad_undefined_or_out_of_range(
     setup: Any, manifest: Mapping[Role, Manifest], vocabularies: Mapping[Role, Fed]
 ) -> Iterator[Finding]:

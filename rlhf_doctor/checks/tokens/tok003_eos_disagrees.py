@@ -14,7 +14,12 @@ from rlhf_doctor.instruments.vocabularies import Fed
 
 
 @check(
-    "TOK003", "the policy stops where everyone takes the response to end", stage=Stage.STATIC, severity=Severity.ERROR
+    "TOK003",
+    "the policy stops where everyone takes the response to end",
+    stage=Stage.STATIC,
+    severity=Severity.ERROR,
+    explains=("ROL005", "ROL006", "MET008"),
+    across_roles=True,
 )
 def eos_disagrees(setup: Any, manifest: Mapping[Role, Manifest], vocabularies: Mapping[Role, Fed]) -> Iterator[Finding]:
     """

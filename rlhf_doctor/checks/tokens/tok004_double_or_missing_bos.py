@@ -26,6 +26,7 @@ COSTLY = 0.5
     stage=Stage.PROBE,
     severity=Severity.WARNING,
     early=Stage.STATIC,
+    explains=("TOK006",),
 )
 def double_or_missing_bos(
     setup: Any,

@@ -16,6 +16,7 @@ from rlhf_doctor.instruments.readings import Architecture, Census, Influence
     "the critic is a Transformer, like the policy whose states it values",
     stage=Stage.PROBE,
     severity=Severity.ERROR,
+    explains=("VAL003", "VAL004", "SYS004", "VAL007", "VAL015"),
 )
 def value_not_transformer(
     value_architecture: Architecture,

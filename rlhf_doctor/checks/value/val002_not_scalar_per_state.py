@@ -17,6 +17,7 @@ from rlhf_doctor.instruments.variation import Variation
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("PRE004",),
+    explains=("VAL003", "VAL005", "VAL006", "VAL015", "VAL007"),
 )
 def value_not_scalar_per_state(value_output: Output, value_variation: Variation | None = None) -> Iterator[Finding]:
     """

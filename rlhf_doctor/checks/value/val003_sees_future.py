@@ -16,6 +16,7 @@ from rlhf_doctor.instruments.readings import Architecture, Influence
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("VAL002", "PRE004"),
+    explains=("VAL004",),
 )
 def value_sees_future(value_influence: Influence, value_architecture: Architecture) -> Iterator[Finding]:
     """

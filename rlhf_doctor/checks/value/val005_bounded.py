@@ -20,6 +20,7 @@ from rlhf_doctor.instruments.variation import Variation
     stage=Stage.PROBE,
     severity=Severity.ERROR,
     after=("VAL002", "PRE004"),
+    explains=("VAL006", "VAL015"),
 )
 def value_bounded(
     value_head_range: HeadRange,

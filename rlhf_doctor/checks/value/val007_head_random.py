@@ -23,6 +23,7 @@ SAME_BODY, SAME_HEAD = 0.9, 0.9
     stage=Stage.STATIC,
     severity=Severity.WARNING,
     after=("SYS002", "VAL001"),
+    explains=("SYS007", "VAL015"),
 )
 def value_head_random(
     value_manifest: Manifest,

@@ -20,7 +20,14 @@ WHY = {
 }
 
 
-@check("VAL008", "the critic changes when the step trains", stage=Stage.TRACE, severity=Severity.ERROR)
+@check(
+    "VAL008",
+    "the critic changes when the step trains",
+    stage=Stage.TRACE,
+    severity=Severity.ERROR,
+    explains=("VAL009", "LOS004", "OPT002", "SYS008"),
+    across_roles=True,
+)
 def value_not_trained(traced: Traced, setup: Any) -> Iterator[Finding]:
     """
     What it examines:

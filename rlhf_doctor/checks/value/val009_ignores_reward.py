@@ -17,6 +17,20 @@ from rlhf_doctor.instruments.tracing import Traced
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("VAL008", "VAL013"),
+    explains=(
+        "ADV008",
+        "VAL010",
+        "VAL011",
+        "ADV001",
+        "ADV002",
+        "ADV006",
+        "ADV007",
+        "ADV009",
+        "LOS004",
+        "SYS008",
+        "MET012",
+    ),
+    across_roles=True,
 )
 def value_ignores_reward(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -17,6 +17,8 @@ from rlhf_doctor.instruments.tracing import Traced
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("VAL008", "VAL009", "VAL013"),
+    explains=("ADV008", "LOS001", "VAL011", "ADV001", "LOS004", "SYS008", "MET012"),
+    across_roles=True,
 )
 def value_target_wrong_sign(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

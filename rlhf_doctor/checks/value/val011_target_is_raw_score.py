@@ -20,6 +20,8 @@ ALIKE = 0.02  # of the spread; a discount of 0.99 already differs by more betwee
     stage=Stage.TRACE,
     severity=Severity.WARNING,
     after=("VAL008", "VAL009", "VAL010", "VAL013"),
+    explains=("ADV001", "ADV006", "KLD003", "SYS008", "MET012"),
+    across_roles=True,
 )
 def value_target_is_raw_score(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

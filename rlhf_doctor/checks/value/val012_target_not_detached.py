@@ -21,6 +21,7 @@ ROUNDINGS = 16
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("VAL008", "VAL009", "VAL013"),
+    explains=("VAL013", "LOS004", "SYS008"),
 )
 def value_target_not_detached(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

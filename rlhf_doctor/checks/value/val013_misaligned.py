@@ -22,6 +22,8 @@ MOST = 0.8  # of the samples: one whose first or last state has a gradient of ex
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("VAL008",),
+    explains=("ADV001", "ADV006", "VAL011", "LOS004", "ADV007", "SYS008", "ADV004", "KLD003"),
+    across_roles=True,
 )
 def value_misaligned(traced: Traced, setup: Any) -> Iterator[Finding]:
     """

@@ -21,6 +21,7 @@ APART = 1e-3  # of the values' spread: float32 leaves 1e-6 between two passes, d
     early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("VAL002", "PRE004"),
+    explains=("VAL004",),
 )
 def value_dropout_active(
     setup: Any,
