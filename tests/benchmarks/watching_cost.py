@@ -193,9 +193,13 @@ def main() -> None:
         text.append(f"| {what} | {target} | {number:.3f} | {'yes' if number <= target else '**no**'} |")
     text += [
         "",
-        "Every run samples and scores anew, since what it changes may change that; it is cut short after the last "
-        "update that it is run for, which saves nothing where a step has one epoch. What is beyond the number of runs "
-        "is the comparison of their tables.",
+        "These runs are: one with the updates held back, two steps in a row with them, six with one thing changed (a "
+        "score, all scores, values and reference of the rollout, slots that no response needs, values of the update, "
+        "log-probabilities of the update), and those that a single check asks for: draws with other random numbers, "
+        "one value alone, values beyond their clip, equal scores, far ratios. Each samples and scores anew, since what "
+        "it changes may change that, and is cut short after the last update that it is run for, which saves nothing "
+        "where a step has one epoch: so many steps are the least that they can cost. What is beyond is reading the "
+        "logits of 50k entries and comparing the runs' tables.",
     ]
     print("\n".join(text), json.dumps({**cost, "memory": memory, "sets": sets}), sep="\n")
     if not given.dry:
