@@ -61,6 +61,16 @@ class Drawing:
             self.cache[seed] = None if run.error else _drawn(run, self.setup, self.first.table.temperature, held=True)
         return self.cache[seed]
 
+    def without_dropout(self) -> tuple[Drawn, ...]:
+        """Both steps once more with the policy's dropout rates at 0; none where they cannot be run."""
+        from rlhf_doctor.trace.twice import without_dropout
+
+        if self.setup.step is None:
+            return ()
+        with without_dropout(self.setup.policy):
+            made = _watched(self.setup, self.temperatures, self.snapshot, self.first.table.temperature)
+        return tuple(step for step in made or () if step is not None)
+
     def needs_sampler(self) -> None:
         """Go on only if the drawing of tokens was seen.
 

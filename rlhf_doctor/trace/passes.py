@@ -27,6 +27,7 @@ __all__ = [
     "Other",
     "actions",
     "adapter_off",
+    "dropout_apart",
     "dropped_out",
     "old_and_new",
     "other_texts",
@@ -134,6 +135,28 @@ def dropped_out(step: Drawn, policy: Any) -> bool:
     """Whether dropout with a rate above 0 is at work in the passes that the update of a step is made of."""
     update = any(c.training and c.with_grad and c.role == "policy" for c in step.run.calls)
     return update and has_dropout(policy)
+
+
+def dropout_apart(drawing: Drawing) -> float | None:
+    """How far apart dropout alone drives the passes of the policy over one text at the same weights, in nats.
+
+    None where they agree, or where they do not without it either.
+    """
+    policy = drawing.setup.policy
+    dropping = any(c.training and c.role == "policy" for step in drawing.steps for c in step.run.calls)
+    if not dropping or not has_dropout(policy):
+        return None
+    apart = [gap for step in drawing.steps for gap in _gaps(drawing, step)]
+    if not apart:
+        return None
+    steady = drawing.without_dropout()
+    return None if not steady or any(_gaps(drawing, step) for step in steady) else apart[0].largest
+
+
+def _gaps(drawing: Drawing, step: Drawn) -> list[Gap]:
+    """The passes before and in the update, and the sampler and the update, where they are apart."""
+    made = [_old_and_new(drawing, step), sampler_gap(drawing, step) if drawing.by == "policy" else None]
+    return [gap for gap, most in zip(made, (SHARE, 0.0), strict=True) if gap is not None and gap.share > most]
 
 
 def other_texts(drawing: Drawing) -> Other | None:

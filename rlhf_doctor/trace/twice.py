@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.calls import Call, ScoredTexts
     from rlhf_doctor.trace.runs import Run
 
-__all__ = ["Difference", "dropout_at_work", "dropout_rates", "first_difference", "has_dropout"]
+__all__ = ["Difference", "dropout_at_work", "dropout_rates", "first_difference", "has_dropout", "without_dropout"]
 
 NOISY = 1e-5  # of a quantity's range
 TOLERANCE = f"{NOISY:g} of the range"
@@ -144,16 +145,30 @@ def has_dropout(model: Any) -> bool:
 
 def dropout_rates(model: Any) -> list[float]:
     """The highest dropout rate of each module that has one above 0, as a module or as a setting of a layer."""
-    return [max(rates) for module in _modules(model) if (rates := _rates(module))]
+    return [max(rates.values()) for module in _modules(model) if (rates := _rates(module))]
 
 
-def _rates(module: Any) -> list[float]:
-    return [
-        float(rate)
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Inside, every dropout rate of a model is 0."""
+    held = [(module, name, rate) for module in _modules(model) for name, rate in _rates(module).items()]
+    for module, name, _ in held:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, rate in held:
+            setattr(module, name, rate)
+
+
+def _rates(module: Any) -> dict[str, float]:
+    """Name -> rate of the dropout that a module does itself."""
+    return {
+        name: rate
         for name, rate in vars(module).items()
         if isinstance(rate, (int, float)) and not isinstance(rate, bool) and rate > 0
         if "dropout" in name or (name == "p" and "dropout" in type(module).__name__.lower())
-    ]
+    }
 
 
 def _modules(model: Any) -> list[Any]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlhf_doctor.check import check
-from rlhf_doctor.finding import Finding, Severity, Stage
+from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
+from rlhf_doctor.instruments.drawing import Drawing
 from rlhf_doctor.instruments.readings import Invariance, Manifest, Parameters
 from rlhf_doctor.instruments.repeats import repeat_fault
 
@@ -14,10 +15,11 @@ from rlhf_doctor.instruments.repeats import repeat_fault
 @check(
     "POL005",
     "two identical passes of the policy agree",
-    stage=Stage.PROBE,
+    stage=Stage.TRACE,
+    early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("POL002", "PRE004"),
-    explains=("REF004", "ROL003", "SYS009", "REF002", "POL004", "POL006", "LOS003"),
+    explains=("REF004", "ROL003", "ROL009", "ROL011", "SYS009", "REF002", "POL004", "POL006", "LOS003"),
     across_roles=True,
 )
 def policy_dropout_active(
@@ -25,13 +27,15 @@ def policy_dropout_active(
     policy_invariance: Invariance,
     policy_parameters: Parameters | None = None,
     policy_manifest: Manifest | None = None,
+    drawing: Drawing | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
         The policy is called twice on the same batch in the mode it was handed over in, and twice in eval mode. In eval
         mode any difference is a fault. In train mode a difference is one when there is no loop to look at; a loop may
-        call eval() itself before it takes log-probabilities, so then it is mentioned only. Dropout that changes nothing
-        yet, behind a fresh adapter or in the config of a checkpoint, is mentioned too.
+        call eval() or train() itself, so where the step can be run its own passes over one text at the same weights
+        decide: they are apart, and no more once all dropout rates are 0. Dropout that changes nothing yet, behind a
+        fresh adapter or in the config of a checkpoint, is mentioned.
 
     Why it matters:
         The ratio compares the log-probability of a token now with that at the time of the rollout. With dropout the two
@@ -57,8 +61,38 @@ def policy_dropout_active(
     fault = repeat_fault(
         "policy", policy_invariance, policy_parameters, policy_manifest, has_step=setup.step is not None
     )
-    if fault is not None:
+    in_step = _in_step(setup, drawing) if drawing is not None else None
+    if in_step is not None and (fault is None or fault.severity is Severity.INFO):
+        yield in_step
+    elif fault is not None:
         yield fault
+
+
+def _in_step(setup: Any, drawing: Drawing) -> Finding | None:
+    from rlhf_doctor.trace.passes import dropout_apart
+    from rlhf_doctor.trace.twice import dropout_rates
+
+    apart = dropout_apart(drawing)
+    if apart is None:
+        return None
+    rates = dropout_rates(setup.policy)
+    return Finding(
+        f"The step runs the policy in train mode, with dropout of up to {max(rates):g}: before any update its passes "
+        f"over one text are up to {apart:.2g} nats a token apart, and they agree without dropout. Set every dropout "
+        "rate to 0, or call policy.eval() and leave it so during the update.",
+        role="policy",
+        confidence=Confidence.PROVEN,
+        evidence=(
+            Evidence(
+                "log-probabilities of one text at the same weights, in nats apart",
+                "0",
+                f"{apart:.3g}",
+                f"{drawing.rounding:g}",
+                f"{len(rates)} modules with a dropout rate above 0",
+                "set the rates to 0 and run the step again: they agree",
+            ),
+        ),
+    )
 
 
 @policy_dropout_active.fault("a Hugging Face policy handed over in train mode")
@@ -88,3 +122,10 @@ def _(healthy: Any) -> Any:
     policy = policies.hand_written(healthy)
     policy.norm = policies.AlwaysDropping(policy.norm)
     return policies.paired(healthy, policy.eval())
+
+
+@policy_dropout_active.fault("a step that switches the policy's dropout on")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import loops
+
+    return loops.in_train_mode(healthy, "policy")
