@@ -56,25 +56,14 @@ class Judge:
             Broken: the reward cannot be called.
         """
         if not self.live.texts and not self.recodes:
-            return self._ids([p + r for p, r in pairs])
+            return self.ids([p + r for p, r in pairs])
         decode = self._decoder()
         texts = [(decode(p), decode(r)) for p, r in pairs]
         if self.live.texts:
             return score_texts(self.live, [p for p, _ in texts], [r for _, r in texts])
         stops = self._policy_eos()
         finished = [bool(r) and r[-1] == stops for _, r in pairs]
-        return self._ids([self.encoded(p, r, eos=f) for (p, r), f in zip(texts, finished, strict=True)])
-
-    def texts(self, pairs: Sequence[tuple[str, str]], *, eos: bool = True) -> list[float]:
-        """Scores of (prompt, response) texts, with the end of sequence after the response or without.
-
-        Raises:
-            Unavailable: see ``tokens``.
-            Broken: see ``tokens``.
-        """
-        if self.live.texts:
-            return score_texts(self.live, [p for p, _ in pairs], [r for _, r in pairs])
-        return self._ids([self.encoded(p, r, eos=eos) for p, r in pairs])
+        return self.ids([self.encoded(p, r, eos=f) for (p, r), f in zip(texts, finished, strict=True)])
 
     def encoded(self, prompt: str, response: str, *, eos: bool) -> Ids:
         """Ids of a prompt and, encoded apart from it as a policy samples it, a response."""
@@ -93,7 +82,13 @@ class Judge:
             end.pop()
         return (*start, *end, *([self.eos_id] if eos and self.eos_id is not None else []))
 
-    def _ids(self, sequences: Sequence[Ids]) -> list[float]:
+    def ids(self, sequences: Sequence[Ids]) -> list[float]:
+        """Scores of whole sequences of the reward's ids.
+
+        Raises:
+            Unavailable: see ``tokens``.
+            Broken: see ``tokens``.
+        """
         if not all(sequences):
             raise Unavailable("a text has no tokens")
         limit, rows = self.manifest.max_positions, self.manifest.embedding_rows

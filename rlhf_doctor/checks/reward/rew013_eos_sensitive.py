@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import isfinite
 from statistics import fmean, pstdev
 from typing import Any
@@ -23,7 +23,9 @@ LOST = 0.25
     severity=Severity.WARNING,
     after=("REW004", "REW006", "REW007", "REW009", "REW011"),
 )
-def reward_eos_sensitive(reward_preferences: PairScores, setup: Any) -> Iterator[Finding]:
+def reward_eos_sensitive(
+    reward_preferences: PairScores, reward_open_preferences: Sequence[tuple[float, float]], setup: Any
+) -> Iterator[Finding]:
     """
     What it examines:
         The preference pairs, scored with the end of sequence after each response and without. Only a reward model that
@@ -53,22 +55,22 @@ def reward_eos_sensitive(reward_preferences: PairScores, setup: Any) -> Iterator
         PPO", https://arxiv.org/abs/2403.17031 (the EOS trick: responses without an end get a fixed low score). "Better
         than chance" is an exact binomial test at 1%.
     """
-    p = reward_preferences
-    if not p.without_eos or not all(isfinite(s) for pair in (*p.with_eos, *p.without_eos) for s in pair):
+    p, open_ = reward_preferences, reward_open_preferences
+    if not all(isfinite(s) for pair in (*p.with_eos, *open_) for s in pair):
         return
     n = len(p.with_eos)
     known = p.right
-    bare = sum(c > r for c, r in p.without_eos)
+    bare = sum(c > r for c, r in open_)
     if at_most(n - known, n, CHANCE) >= DOUBT:  # with the end it knows no more than a coin: REW009's
         return
     lost = at_most(n - bare, n, CHANCE) >= DOUBT and known - bare >= LOST * n
-    overtaken = sum(without[0] < with_[1] for with_, without in zip(p.with_eos, p.without_eos, strict=True))
+    overtaken = sum(without[0] < with_[1] for with_, without in zip(p.with_eos, open_, strict=True))
     outweighs = wilson(overtaken, n)[0] > 0.5 and not setup.declared.get("missing_eos_penalty")
     if not lost and not outweighs:
         return
     turned = at_most(bare, n, CHANCE) < DOUBT
     penalised = bool(setup.declared.get("missing_eos_penalty")) and not turned  # cut responses are not left to chance
-    gap = fmean(a - b for x, y in zip(p.with_eos, p.without_eos, strict=True) for a, b in zip(x, y, strict=True))
+    gap = fmean(a - b for x, y in zip(p.with_eos, open_, strict=True) for a, b in zip(x, y, strict=True))
     spread = pstdev([s for pair in p.with_eos for s in pair])
     yield Finding(
         (
