@@ -57,9 +57,13 @@ def sampler_context_differs(drawing: Drawing) -> Iterator[Finding]:
     if not gap.share or (drawing.by == "copy" and gap.everywhere and not gap.contexts):
         return
     cut = f" It is given {gap.contexts[0][0]}, and scored after {gap.contexts[0][1]}." if gap.contexts else ""
+    dropping = passes.dropped_out(drawing.first, drawing.setup.policy)
+    why = (
+        " The policy drops hidden states in the update, which alone may be why: switch dropout off." if dropping else ""
+    )
     yield Finding(
         f"In {gap.share:.0%} of the samples the sampler reads another context than the scoring pass: at the same "
-        f"weights they are up to {gap.largest:.2g} nats apart.{cut} Give both the same ids, attention mask and "
+        f"weights they are up to {gap.largest:.2g} nats apart.{cut or why} Give both the same ids, attention mask and "
         "positions.",
         role="loop",
         confidence=Confidence.PROVEN,
