@@ -19,7 +19,21 @@ from rlhf_doctor.instruments.repeats import repeat_fault
     early=Stage.PROBE,
     severity=Severity.ERROR,
     after=("POL002", "PRE004"),
-    explains=("REF004", "ROL003", "ROL009", "ROL011", "SYS009", "REF002", "POL004", "POL006", "LOS003"),
+    explains=(
+        "REF004",
+        "ROL003",
+        "ROL009",
+        "ROL011",
+        "SYS009",
+        "REF002",
+        "POL004",
+        "POL006",
+        "LOS002",
+        "LOS003",
+        "ADV001",
+        "ADV004",
+        "ADV007",
+    ),
     across_roles=True,
 )
 def policy_dropout_active(
