@@ -25,7 +25,8 @@ CHECKS = list(registry().values())
 PACKAGE = ROOT / "rlhf_doctor"
 CODE = re.compile(r"[A-Z]{3}\d{3}")
 CHECK_FILES = sorted(path for path in (PACKAGE / "checks").rglob("*.py") if re.match(r"[a-z]{3}\d{3}_", path.name))
-LONGEST = 100  # lines of code that a check needs, imports, declaration, page and faults not counted
+LONGEST = 100  # lines of code that a check needs; imports, page, faults and what follows from it are not counted
+EFFECTS = ("explains", "across_roles", "effect")
 HEAVY = ("torch", "transformers", "peft", "safetensors", "numpy")
 # From the left to the right, as a setup passes them; nothing imports what lies to the right of it.
 PATH = ("setups", "sources", "instruments", "checks", "examine", "diagnosis", "report")
@@ -66,7 +67,7 @@ def module_of(path: Path) -> str:
 
 
 def code_of(one: Check) -> int:
-    """Lines of the check and of what it uses of its file, without docstrings, comments, blank lines and decorators."""
+    """Lines of the check and of what it uses of its file, without docstrings, comments, blank lines and effects."""
     source = Path(inspect.getfile(one.run)).read_text(encoding="utf-8")
     tree, lines = ast.parse(source), source.splitlines()
     defined: dict[str, ast.stmt] = {}
@@ -84,7 +85,12 @@ def code_of(one: Check) -> int:
             queue += [defined[n.id] for n in ast.walk(node) if isinstance(n, ast.Name) and n.id in defined]
     counted: set[int] = set()
     for node in used:
-        counted |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+        declared = getattr(node, "decorator_list", ())
+        first = min([node.lineno, *(d.lineno for d in declared)])
+        counted |= set(range(first, (node.end_lineno or first) + 1))
+        for said in (k for d in declared if isinstance(d, ast.Call) for k in d.keywords if k.arg in EFFECTS):
+            if lines[said.lineno - 1].lstrip().startswith(str(said.arg)):
+                counted -= set(range(said.lineno, (said.end_lineno or 0) + 1))
     for inner in (inner for node in used for inner in ast.walk(node)):
         if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner):
             counted -= set(range(inner.body[0].lineno, (inner.body[0].end_lineno or 0) + 1))

@@ -13,7 +13,7 @@ from rlhf_doctor.instruments.readings import Manifest
 from rlhf_doctor.instruments.scoring import score_texts
 
 if TYPE_CHECKING:
-    from rlhf_doctor.instruments.models import Live, Models
+    from rlhf_doctor.instruments.models import Models
 
 __all__ = ["PairScores", "open_preferences", "preferences"]
 
@@ -53,10 +53,12 @@ def preferences(role: Role, models: Models, setup: Any, manifest: Manifest) -> P
         Unavailable: the setup has no preferences, or the role is not the reward.
         Broken: the reward cannot be called.
     """
-    live, judge, flat, given = _pairs(role, models, setup, manifest)
-    if live.texts:
+    judge, flat, given = _pairs(role, models, setup, manifest)
+    if judge.live.texts:
         prompts, responses = zip(*flat, strict=True)
-        return PairScores(_paired(score_texts(live, prompts, responses)), _paired([len(r) for r in responses]), given)
+        return PairScores(
+            _paired(score_texts(judge.live, prompts, responses)), _paired([len(r) for r in responses]), given
+        )
     encoded = [judge.encoded(p, r, eos=False) for p, r in flat]
     before = {p: len(judge.encoded(p, "", eos=False)) for p, _ in flat}
     lengths = _paired([len(ids) - before[p] for ids, (p, _) in zip(encoded, flat, strict=True)])
@@ -72,16 +74,14 @@ def open_preferences(role: Role, models: Models, setup: Any, manifest: Manifest)
         Unavailable: see ``preferences``, or there is no end of sequence to leave out.
         Broken: the reward cannot be called.
     """
-    live, judge, flat, _ = _pairs(role, models, setup, manifest)
-    if live.texts or judge.eos_id is None:
+    judge, flat, _ = _pairs(role, models, setup, manifest)
+    if judge.live.texts or judge.eos_id is None:
         raise Unavailable("needs a reward model whose tokenizer has an end of sequence")
     return _paired(judge.ids([judge.encoded(p, r, eos=False) for p, r in flat]))
 
 
-def _pairs(
-    role: Role, models: Models, setup: Any, manifest: Manifest
-) -> tuple[Live, Judge, list[tuple[str, str]], int]:
-    """The reward, (prompt, response) of a spread of all chosen and then all rejected ones, and how many are given."""
+def _pairs(role: Role, models: Models, setup: Any, manifest: Manifest) -> tuple[Judge, list[tuple[str, str]], int]:
+    """The judge, (prompt, response) of a spread of all chosen and then all rejected ones, and how many are given."""
     if role != "reward":
         raise Unavailable(f"the {role} judges no pairs")
     pairs = [(str(p), str(c), str(r)) for p, c, r in setup.preferences or () if c != r]
@@ -92,7 +92,7 @@ def _pairs(
     if given > limit:
         pairs = [pairs[i * given // limit] for i in range(limit)]
     flat = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
-    return live, Judge(live, setup, manifest), flat, given
+    return Judge(live, setup, manifest), flat, given
 
 
 def _paired(values: Sequence[Any]) -> tuple[tuple[Any, Any], ...]:

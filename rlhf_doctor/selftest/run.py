@@ -210,8 +210,8 @@ def try_fault(one: Check, fault: Fault, shared: Patients) -> Trial:
     started = time.perf_counter()
     try:
         setup = fault.make(**{name: getattr(shared, name) for name in fault.wants})
-        near, said = [one.code, *one.after], ""
-        for stage, codes in ((one.earliest, near), (Stage.TRACE, near), (Stage.TRACE, _with_earlier(one))):
+        near, every, said = (one.code, *one.after), tuple(_with_earlier(one)), ""
+        for stage, codes in dict.fromkeys(((one.earliest, near), (Stage.TRACE, near), (Stage.TRACE, every))):
             said = _missed(one, examine(setup, select=codes, options=Options(stage=stage, show=False)))
             if not said:
                 break

@@ -125,15 +125,11 @@ def test_a_critic_that_learns_the_penalty_alone_is_told_as_such(sick: Case) -> N
 
 
 def test_where_targets_hold_no_rewards_the_way_of_the_kl_is_not_told(plain: RLHFSetup) -> None:
-    import torch
-
-    from reference_impl import ops
+    from rlhf_doctor.selftest import value_faults
     from rlhf_doctor.selftest.loops import reference_step
 
-    def bootstrapped(v: Any, old_v: Any, returns: Any, mask: Any, epsilon: float, count: Any = None) -> Any:
-        return ops.clipped_value_loss(v, old_v, torch.nn.functional.pad((old_v * mask)[:, 1:], (0, 1)), mask, epsilon)
-
-    made = recorded(traced(reference_step(plain, parts={"value_loss": bootstrapped})))["trace"]
+    parts = {"value_loss": value_faults.loss_towards_old_values}
+    made = recorded(traced(reference_step(plain, parts=parts)))["trace"]
     verdicts = {one["edge"]: one["verdict"] for one in made["wiring"]}
     assert verdicts["reward → value target"] == "missing"
     assert verdicts["reference → reward"] == "there"

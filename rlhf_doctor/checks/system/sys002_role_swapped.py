@@ -19,27 +19,13 @@ EACH_ITS_OWN = "reward: one score a sequence, frozen; value: one a token, traine
 
 
 @check(
-    "SYS002",
-    "every role holds its own kind of model",
-    stage=Stage.STATIC,
-    severity=Severity.ERROR,
+    "SYS002", "every role holds its own kind of model", stage=Stage.STATIC, severity=Severity.ERROR,
     explains=(
-        "REW002",
-        "REW003",
-        "REW006",
-        "REW009",
-        "VAL002",
-        "VAL006",
-        "VAL007",
-        "POL002",
-        "REF002",
-        "SYS004",
-        "SYS007",
-        "REW008",
-        "OPT001",
+        "REW002", "REW003", "REW006", "REW009", "VAL002", "VAL006", "VAL007", "POL002", "REF002", "SYS004",
+        "SYS007", "REW008", "OPT001",
     ),
     across_roles=True,
-)
+)  # fmt: skip
 def role_swapped(
     setup: Any,
     manifest: Mapping[Role, Manifest],

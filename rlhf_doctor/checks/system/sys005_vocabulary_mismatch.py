@@ -14,13 +14,9 @@ from rlhf_doctor.instruments.vocabularies import Fed
 
 
 @check(
-    "SYS005",
-    "every role is fed ids that its embedding knows",
-    stage=Stage.STATIC,
-    severity=Severity.ERROR,
-    explains=("TOK002", "TOK003", "TOK006", "REW009", "SYS007", "SYS004"),
-    across_roles=True,
-)
+    "SYS005", "every role is fed ids that its embedding knows", stage=Stage.STATIC, severity=Severity.ERROR,
+    explains=("TOK002", "TOK003", "TOK006", "REW009", "SYS007", "SYS004"), across_roles=True,
+)  # fmt: skip
 def vocabulary_mismatch(
     setup: Any,
     manifest: Mapping[Role, Manifest],

@@ -17,13 +17,9 @@ PREFIXES = ("base_model.model.", "model.", "transformer.", "gpt_neox.")
 
 
 @check(
-    "SYS011",
-    "an adapter sits on its own base, with its head",
-    stage=Stage.STATIC,
-    severity=Severity.ERROR,
-    explains=("REW003", "OPT001", "SYS007", "REF002"),
-    across_roles=True,
-)
+    "SYS011", "an adapter sits on its own base, with its head", stage=Stage.STATIC, severity=Severity.ERROR,
+    explains=("REW003", "OPT001", "SYS007", "REF002"), across_roles=True,
+)  # fmt: skip
 def quantised_or_adapted_base_mismatch(manifest: Mapping[Role, Manifest]) -> Iterator[Finding]:
     """
     What it examines:

@@ -18,13 +18,9 @@ ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert", "electra", "deberta"
 
 
 @check(
-    "TOK002",
-    "everyone pads with one token that everyone knows",
-    stage=Stage.STATIC,
-    severity=Severity.ERROR,
-    explains=("REW004", "REW005", "TOK001"),
-    across_roles=True,
-)
+    "TOK002", "everyone pads with one token that everyone knows", stage=Stage.STATIC, severity=Severity.ERROR,
+    explains=("REW004", "REW005", "TOK001"), across_roles=True,
+)  # fmt: skip
 def pad_undefined_or_out_of_range(
     setup: Any, manifest: Mapping[Role, Manifest], vocabularies: Mapping[Role, Fed]
 ) -> Iterator[Finding]:
