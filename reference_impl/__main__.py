@@ -46,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, ppo.Sett
     built_in.add_argument("--pairs", type=int, default=6144, help="for reward modelling (default: %(default)s)")
     built_in.add_argument("--noise", type=float, default=0.25, help="of their labels (default: %(default)s)")
     algorithm = parser.add_argument_group("PPO")
+    algorithm.add_argument("--static", action="store_true", help="sample in fixed shapes; on one GPU as a CUDA graph")
     algorithm.add_argument("--kl-target", type=float, metavar="X", help="nats a response; adapts the KL coefficient")
     algorithm.add_argument("--kl-horizon", type=int, default=10000, metavar="X", help="default: %(default)s")
     for name in FIELDS:
@@ -107,8 +108,7 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
         summary = setup.judge_reward(models, given.seed, given.noise)
         say("reward " + "  ".join(f"{name} {x:.3f}" for name, x in summary.items()))
     if saved is None:
-        if first:
-            shutil.rmtree(out / "state", ignore_errors=True)
+        shutil.rmtree(out / "state", ignore_errors=True)
         setup.save_checkpoints(vars(models), out, ("reference", "reward"))
     for role in roles.ROLES:
         scale.shard(getattr(models, role).to(device))
@@ -117,7 +117,7 @@ def run(given: argparse.Namespace, s: ppo.Settings) -> None:
     gold = list[float]()
 
     def sample(*arguments: Any, **options: Any) -> rollout.Rollout:
-        drawn = rollout.sample(*arguments, **options)
+        drawn = rollout.sample(*arguments, **options, static=given.static)
         gold[:] = [] if given.policy else setup.gold_scores(models.tokenizer, drawn)
         return drawn
 

@@ -16,7 +16,6 @@ from reference_impl import scale
 from reference_impl.roles import Models
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def latest(folder: Path) -> Path | None:
@@ -24,7 +23,7 @@ def latest(folder: Path) -> Path | None:
     return max(folder.glob("*.pt"), default=None)
 
 
-def save(folder: Path, iteration: int, models: Models, optimizers: Optimizers, others: Sequence[Any]) -> None:
+def save(folder: Path, iteration: int, models: Models, optimizers: Sequence[Any], others: Sequence[Any]) -> None:
     """Writes models, optimizers, others (an adaptive KL coefficient) and generators, after one iteration or more.
     Raises OSError, in one sentence, when it cannot be written; the state before is then still there."""
     path, before = folder / f"{iteration:06d}.pt", latest(folder)
@@ -41,23 +40,21 @@ def save(folder: Path, iteration: int, models: Models, optimizers: Optimizers, o
         with (partial := path.with_suffix(".partial")).open("wb") as file:
             torch.save(state, file)
         partial.rename(path)
-        for old in folder.glob("*"):
-            if old != path:
-                old.unlink()
+        for old in set(folder.glob("*")) - {path}:
+            old.unlink()
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
         kept = f"the last good state is {before}" if before else "there is no earlier state"
         raise OSError(f"iteration {iteration} could not be saved in {folder} ({error}); {kept}") from error
 
 
-def load(path: Path, models: Models, optimizers: Optimizers, others: Sequence[Any]) -> int:
+def load(path: Path, models: Models, optimizers: Sequence[Any], others: Sequence[Any]) -> int:
     """Puts a state back into models, optimizers, others and generators; returns its iteration."""
     state = torch.load(path, map_location="cpu", mmap=True)
     for model, optimizer, its in zip((models.policy, models.value), optimizers, state["moving"], strict=True):
         set_state_dict(model, optimizer, model_state_dict=its[0], optim_state_dict=its[1], options=WHOLE)
     for other, its in zip(others, state["others"], strict=True):
         other.load_state_dict(its)
-    torch.set_rng_state(state["generators"][0])
-    for generator in state["generators"][1:]:
-        torch.cuda.set_rng_state(generator)
+    for put, its in zip((torch.set_rng_state, torch.cuda.set_rng_state), state["generators"], strict=False):
+        put(its)
     return int(path.stem)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def load_models(policy: Path, reward: Path, value: Path | None = None, tokenizer
     for folder in (x for x in (policy, reward, value) if x and (x / "tokenizer_config.json").exists()):
         if _load_tokenizer(folder).get_vocab() != words.get_vocab():
             raise Unusable(f"{folder} has another vocabulary than {tokenizer or policy}; all models must share one")
-    return Models(answers, roles.frozen_copy(answers), scores, critic, words)
+    return Models(answers, roles.freeze(deepcopy(answers)), scores, critic, words)
 
 
 def load_prompts(file: Path, models: Models, response_length: int) -> list[str]:

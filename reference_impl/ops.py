@@ -23,7 +23,6 @@ def _assert_alike(*tensors: Tensor, mask: Tensor) -> None:
         assert x.is_floating_point(), f"dtype must be floating, not {x.dtype}"
 
 
-# ---- log-probabilities ----
 def logprobs(logits: Tensor, a: Tensor, temperature: float = 1.0) -> Tensor:
     """log π(a_t | s_t) = z_t[a_t] - log Σ_v exp z_t[v], with z = logits / temperature.
     logits (..., T, V) and a (..., T) int → (..., T), in float32 or wider. The temperature is the sampling one, so that
@@ -60,7 +59,6 @@ def token_logprobs(
     return torch.cat([checkpoint(piece, h, tokens, use_reentrant=False) for h, tokens in pieces], 1)
 
 
-# ---- Kullback-Leibler divergence ----
 def k1(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """k1 = log π(a)/π_ref(a), a ~ π: unbiased for KL(π ‖ π_ref), of either sign. [KL]"""
     return logp - ref_logp
@@ -84,7 +82,6 @@ def exact_kl(logits: Tensor, ref_logits: Tensor, temperature: float = 1.0) -> Te
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
 
-# ---- rewards and advantages ----
 def pool_last(x: Tensor, mask: Tensor) -> Tensor:
     """x[b, max{t : mask[b, t]}]: each row at its last real position; x and mask (B, T) → (B,).
     Raises ValueError for a row without a real position."""
@@ -117,7 +114,6 @@ def gae(r: Tensor, v: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
     return torch.stack(columns[::-1], 1).masked_fill(~mask, 0)
 
 
-# ---- masked statistics ----
 def masked_mean(x: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """Σ mask·x / n over all B × T slots; n is the mask's sum, or `count`, a larger batch's, when x is a part of it."""
     _assert_alike(x, mask=mask)
@@ -144,7 +140,6 @@ def explained_variance(v: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - masked_var(returns - v, mask) / masked_var(returns, mask)
 
 
-# ---- losses ----
 def clipped_policy_loss(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, mask: Tensor, epsilon: float, count: Tensor | float | None = None
 ) -> Tensor:

@@ -8,7 +8,6 @@
 | value | decoder, started from the reward model | one scalar at every token | yes |
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +33,6 @@ class Models:
 def freeze(model: Any) -> Any:
     """The model itself, in eval mode and without gradients."""
     return model.eval().requires_grad_(False)
-
-
-def frozen_copy(model: Any) -> Any:
-    """An independent copy in eval mode and without gradients: how the reference is made from the policy."""
-    return freeze(copy.deepcopy(model))
 
 
 def check_models(models: Models, prompt: Tensor, T: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from reference_impl import ops, roles, scale
 
@@ -56,26 +56,41 @@ def draw(logits: Tensor, temperature: float, uniform: Tensor) -> Tensor:
 @scale.forward
 @torch.no_grad()
 def sample(
-    policy: Any, prompt: Tensor, prompt_mask: Tensor, *, T: int, temperature: float, eos: int, pad: int
-) -> Rollout:
+    policy: Any, prompt: Tensor, prompt_mask: Tensor, *, T: int, temperature: float, eos: int, pad: int,
+    static: bool = False,
+) -> Rollout:  # fmt: skip
     """Up to T tokens a_t ~ softmax(logits_t / temperature) for each prompt (B, P), from the whole vocabulary.
-    The random numbers are torch's global generator's, as many whenever responses end. Processes share the rows."""
-    mine, (B, P) = scale.my_rows(len(prompt)), prompt.shape
+    The random numbers are torch's global generator's, as many whenever responses end. Processes share the rows.
+    `static` gives all steps but the first the same shapes; one process with a CUDA device runs them as a CUDA graph."""
+    mine, (B, P), static = scale.my_rows(len(prompt)), prompt.shape, static and scale.world() == 1
     uniform = torch.rand(T, B, dtype=torch.float64)[:, mine].to(prompt.device)
     ids, attention = prompt[mine], F.pad(prompt_mask[mine], (0, T), value=1)  # (b, P), (b, P+T)
-    position, head = roles.positions(prompt_mask[mine]), policy.get_output_embeddings()
+    position, head, graph = roles.positions(prompt_mask[mine]), policy.get_output_embeddings(), None
     response, ended = ids.new_full((len(ids), T), pad), ids.new_zeros(len(ids), dtype=torch.bool)
     renamed = "cache" in inspect.signature(policy.base_model.forward).parameters  # past_key_values until 5.24
-    cache = {"cache" if renamed else "past_key_values": DynamicCache(config=policy.config), "use_cache": True}
+    kept = StaticCache(policy.config, max_cache_len=P + T) if static else DynamicCache(config=policy.config)
+    cache = {"cache" if renamed else "past_key_values": kept, "use_cache": True}
+    last, t = ids[:, -1:].clone(), ids.new_zeros(1)  # the token drawn last (b, 1), and how many before it (1,)
+
+    def step(ids: Tensor, seen: int) -> None:  # (b, n) → the next token, all in place, as a CUDA graph must
+        at = (position + t)[:, -ids.shape[1] :]
+        out = policy.base_model(input_ids=ids, attention_mask=attention[:, :seen], position_ids=at, **cache)
+        token = draw(head(out.last_hidden_state[:, -1]), temperature, uniform.index_select(0, t)[0])
+        last.copy_(token.masked_fill(ended, pad)[:, None])
+        response.index_copy_(1, t, last)
+        ended.logical_or_(token == eos)
+        t.add_(1)
+
     with scale.gathered(policy):
-        for t in range(T):
-            out = policy.base_model(input_ids=ids, attention_mask=attention[:, : P + t], position_ids=position, **cache)
-            token = draw(head(out.last_hidden_state[:, -1]), temperature, uniform[t])
-            response[:, t] = token.masked_fill(ended, pad)
-            ended |= token == eos
+        step(ids, P + T if static else P)
+        for i in range(1, T):
             if bool(ended.all()):
                 break
-            ids, position = response[:, t : t + 1], position[:, -1:] + 1
+            if static and i == 2 and ids.is_cuda:  # the step before has made whatever is made once
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    step(last, P + T)
+            graph.replay() if graph else step(last, P + T if static else P + i)
     response = scale.gather_rows(response)
     mask, ended = response_mask(response, eos)
     longest = int(mask.sum(1).max())

@@ -1,6 +1,7 @@
 """A setup of the reference itself, built in seconds: what a healthy four-model RLHF looks like from outside."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
@@ -59,8 +60,7 @@ def build_models(
         if trained:
             texts = task.demonstrations(demonstrations, rng)
             sft.fit(sft.sft_loss, policy, tokenizer, texts, size=32, rate=1e-2)
-        reference = roles.frozen_copy(policy)
-
+        reference = roles.freeze(deepcopy(policy))
         reward: Any = hf.LlamaForSequenceClassification(_config(tokenizer, num_labels=1)).eval()
         if trained:
             reward.base_model.load_state_dict(policy.base_model.state_dict())

@@ -41,8 +41,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate * min((done + 1 / len(batches)) / 0.1, (1 - done) / 0.9, 1.0)
         loss: Any = loss_of(model, tokenizer, batch)
-        optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    optimizer.zero_grad()
+        optimizer.zero_grad()

@@ -1,16 +1,16 @@
 """One side of the comparison with TRL: a few PPO iterations in this interpreter, as JSON on the last line.
 
-Run by reference_vs_trl.py: ``python ppo_side.py {trl,reference,compiled} FOLDER CASE``. It imports nothing of this
+Run by reference_vs_trl.py: ``python ppo_side.py {trl,reference} FOLDER CASE``. It imports nothing of this
 repository on TRL's side, since TRL lives in an environment of its own.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,11 @@ KINDS = {"matrix products": ("mm", "addmm", "bmm"), "attention": ("attention",),
 
 
 def clock() -> tuple[float, float]:
-    """Seconds, and CPU seconds of this process, which other work on the machine hardly changes."""
+    """Seconds, and CPU seconds of this process, once a GPU has done all that it was given."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
 
 
@@ -28,6 +32,13 @@ def memory(name: str) -> int:
     """Bytes: VmHWM is this process's peak so far, VmRSS what it holds now."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+def peak(before: int) -> int:
+    """Bytes taken at most since `before`: of a GPU's memory where one is used, else of this process's."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else memory("VmHWM") - before
 
 
 class Marks:
@@ -86,8 +97,8 @@ def trl_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         args=PPOConfig(
             output_dir=str(folder / "trl"),
             total_episodes=case["batch"] * case["iterations"],
-            per_device_train_batch_size=case["micro"],
-            gradient_accumulation_steps=case["batch"] // case["micro"],
+            per_device_train_batch_size=case["micro"] or case["batch"],
+            gradient_accumulation_steps=case["batch"] // (case["micro"] or case["batch"]),
             num_mini_batches=1,
             num_ppo_epochs=case["epochs"],
             local_rollout_forward_batch_size=case["batch"],
@@ -109,8 +120,8 @@ def trl_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
             save_strategy="no",
             disable_tqdm=True,
             logging_strategy="no",
-            bf16=False,
-            use_cpu=True,
+            bf16=case["dtype"] == "bfloat16",
+            use_cpu=case["device"] == "cpu",
             seed=case["seed"],
         ),
         processing_class=tokenizer,
@@ -126,7 +137,7 @@ def trl_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     assert len(steps) == case["iterations"] * case["epochs"], len(steps)
     assert trainer.state.episode == case["batch"] * case["iterations"]
-    return {"peak": memory("VmHWM") - before, "version": trl.__version__, **marks.lasted(), **software()}
+    return {"peak": peak(before), "version": trl.__version__, **marks.lasted(), **software()}
 
 
 def reference_parts(folder: Path, case: dict[str, Any]) -> tuple[Any, Any]:
@@ -135,7 +146,7 @@ def reference_parts(folder: Path, case: dict[str, Any]) -> tuple[Any, Any]:
 
     models, tokenizer = load(folder)
     for role, model in models.items():
-        model.eval().requires_grad_(role in ("policy", "value"))
+        model.to(case["device"]).eval().requires_grad_(role in ("policy", "value"))
     s = ppo.Settings(
         batch_size=case["batch"],
         num_minibatches=1,
@@ -145,6 +156,7 @@ def reference_parts(folder: Path, case: dict[str, Any]) -> tuple[Any, Any]:
         temperature=case["temperature"],
         learning_rate=case["rate"],
         critic_learning_rate=case["rate"],
+        dtype=case["dtype"],
     )
     return roles.Models(**models, tokenizer=tokenizer), s
 
@@ -153,11 +165,12 @@ def reference_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     """`reference_impl.ppo.ppo_step` in a loop, with the time of each phase and the floor under it."""
     import torch
 
-    from reference_impl import ppo
+    from reference_impl import ppo, rollout
 
     before = baseline(case["threads"])
     four, s = reference_parts(folder, case)
-    optimizers, parts = ppo.make_optimizers(four, s), ppo.Parts()
+    on_gpu = torch.device(case["device"]).type == "cuda"
+    optimizers, parts = ppo.make_optimizers(four, s), ppo.Parts(sample=partial(rollout.sample, static=on_gpu))
     ends = list[dict[str, tuple[float, float]]]()
 
     def timed(name: str) -> Any:
@@ -179,42 +192,15 @@ def reference_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         ends[-1]["end"] = clock()
         marks()
         assert metrics["response_length"] == case["response"]
-    peak = memory("VmHWM") - before
-    shares = profiled(lambda: ppo.ppo_step(four, case["prompts"], optimizers, s, ppo.FixedKL(0.05)))
+    used = peak(before)
+    shares = {} if on_gpu else profiled(lambda: ppo.ppo_step(four, case["prompts"], optimizers, s, ppo.FixedKL(0.05)))
     order = ("begin", "sample", "score", "gae", "end")
     spent = {
         phase: [[last - first for first, last in zip(at[a], at[b], strict=True)] for at in ends[1:]]
         for phase, a, b in zip(PHASES, order, order[1:], strict=False)
     }
-    found = {"peak": peak, "phases": spent, "floor": floors(four, case), "shares": shares}
+    found = {"peak": used, "phases": spent, "floor": floors(four, case), "shares": shares}
     return {**found, **marks.lasted(), **software()}
-
-
-def compiled_side(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
-    """The same loop with torch.compile on every body where it does not decode; the first iteration compiles."""
-    import torch
-
-    from reference_impl import ppo
-
-    baseline(case["threads"])
-    four, s = reference_parts(folder, case)
-    for model in (four.policy, four.reference, four.reward, four.value):
-        plain, fast = model.base_model.forward, torch.compile(model.base_model.forward, dynamic=True)
-
-        def forward(*, plain: Any = plain, fast: Any = fast, **options: Any) -> Any:
-            return (plain if options["use_cache"] else fast)(**options)
-
-        model.base_model.forward = forward
-        forward.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
-    optimizers = ppo.make_optimizers(four, s)
-    torch.manual_seed(case["seed"])
-    marks = Marks()
-    marks()
-    for _ in range(case["iterations"]):
-        ppo.ppo_step(four, case["prompts"], optimizers, s, ppo.FixedKL(0.05))
-        marks()
-    (first, *seconds), (_, *cpu) = marks.lasted().values()
-    return {"compiling": first, "seconds": seconds, "cpu": cpu, **software()}
 
 
 def profiled(run: Any) -> dict[str, float]:
@@ -240,18 +226,20 @@ def floors(models: Any, case: dict[str, Any]) -> dict[str, dict[str, float]]:
     import torch
     from torch import nn
 
-    B, b, T = case["batch"], case["micro"], case["response"]
+    B, b, T = case["batch"], case["micro"] or case["batch"], case["response"]
     P = sum(len(prompt.split()) for prompt in case["prompts"]) / len(case["prompts"])
-    body = [m.weight.detach() for m in models.policy.base_model.modules() if isinstance(m, nn.Linear)]
-    critic = [m.weight.detach() for m in models.value.base_model.modules() if isinstance(m, nn.Linear)]
-    head = [models.policy.get_output_embeddings().weight.detach()]
+    dtype = getattr(torch, case["dtype"])
+    body = [m.weight.detach().to(dtype) for m in models.policy.base_model.modules() if isinstance(m, nn.Linear)]
+    critic = [m.weight.detach().to(dtype) for m in models.value.base_model.modules() if isinstance(m, nn.Linear)]
+    head = [models.policy.get_output_embeddings().weight.detach().to(dtype)]
     layers, hidden = models.policy.config.num_hidden_layers, models.policy.config.hidden_size
 
     @torch.no_grad()
     def products(weights: list[Any], rows: float, backward: bool = False) -> Any:
         """Operations, seconds and CPU seconds."""
         n, wide = round(rows), {width for w in weights for width in w.shape}
-        x, y = ({width: make(n, width) for width in wide} for make in (torch.randn, torch.empty))
+        like = {"dtype": dtype, "device": case["device"]}
+        x, y = ({width: make(n, width, **like) for width in wide} for make in (torch.randn, torch.empty))
         gradients = {w.shape: torch.empty_like(w) for w in weights} if backward else {}
         took = []
         for _ in range(4):
@@ -296,7 +284,7 @@ def software() -> dict[str, Any]:
 def main() -> None:
     """Run one side and print what it measured."""
     os.environ.update(TRL_EXPERIMENTAL_SILENCE="1", HF_HUB_OFFLINE="1", WANDB_DISABLED="true")
-    side = {"trl": trl_side, "reference": reference_side, "compiled": compiled_side}[sys.argv[1]]
+    side = {"trl": trl_side, "reference": reference_side}[sys.argv[1]]
     print(json.dumps(side(Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text()))))
 
 

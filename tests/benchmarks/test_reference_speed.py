@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import ppo_side, reference_vs_trl, sections
+from benchmarks import ppo_side, reference_gpu, reference_vs_trl, sections
 
 
 @pytest.mark.slow
@@ -35,7 +35,7 @@ def test_the_floor_counts_what_the_reference_multiplies(tmp_path: Path) -> None:
 
     from reference_impl import roles, rollout
 
-    size = replace(reference_vs_trl.SIZES[0], batch=4, micro=2)
+    size = replace(reference_vs_trl.SIZES[0], batch=4)
     reference_vs_trl.write_models(size, tmp_path)
     models, tokenizer = ppo_side.load(tmp_path)
     texts = [text for text in reference_vs_trl.prompts(size) if len(text.split()) == size.prompt][: size.batch]
@@ -67,3 +67,49 @@ def test_a_section_of_the_page_leaves_the_others() -> None:
     page = sections.put(sections.put("", "a", "## A\n"), "b", "## B")
     assert page.startswith("# Benchmarks\n\n<!-- a: begin -->\n## A\n<!-- a: end -->\n\n<!-- b: begin -->\n## B\n")
     assert sections.put(page, "a", r"\1 again") == page.replace("## A", r"\1 again")
+
+
+def test_a_gpus_promises_are_judged_by_its_data_sheet() -> None:
+    card = reference_gpu.Card(operations=1e12, bandwidth=1e9)
+    size = replace(reference_gpu.BILLION, hidden=100, intermediate=300, layers=2, vocabulary=1000, batch=1)
+    least = 2 * (2 * (4 * 100**2 + 3 * 100 * 300) + 100 * 1000) / 1e9  # seconds, keys and values left out
+    phases = {"update": [[2.0, 9.0]], "generate": [[size.response * least * 4, 9.0]]}
+    floor = {name: {"seconds": 1.0, "cpu": 1.0, "flops": 0.9e12} for name in phases}
+    sides = {"seconds": [10.0], "peak": 4e9}
+    reference = {"phases": phases, "floor": floor, **sides}
+    found = {"reference": [reference], "trl": [{**sides, "seconds": [25.0], "peak": 3e9}]}
+    update, bare, decoding, ratio, memory = reference_gpu.rows(size, found, card)
+    assert update.measured.startswith("45% (0 of 1 TFLOP/s)")
+    assert update.kept
+    assert bare.measured == "90%"
+    # With keys and values of about 380 tokens, the floor is somewhat more than the weights': 25% and then some.
+    assert 0.25 < float(decoding.measured.split("%")[0]) / 100 < 0.5
+    assert decoding.kept is False
+    assert ratio.measured == "2.50 ×"
+    assert ratio.kept
+    assert memory.kept is False
+    assert reference_gpu.card_of("NVIDIA H100 80GB HBM3").bandwidth == 3.35e12
+    with pytest.raises(ValueError, match="the peak of GeForce is not known"):
+        reference_gpu.card_of("GeForce")
+
+
+def test_the_bytes_of_a_step_are_those_of_the_model(tmp_path: Path) -> None:
+    size = replace(reference_vs_trl.SIZES[0], batch=3)
+    reference_vs_trl.write_models(size, tmp_path)
+    model = ppo_side.load(tmp_path)[0]["policy"]
+    linear = sum(m.weight.numel() for m in model.modules() if type(m).__name__ == "Linear")
+    texts = reference_vs_trl.prompts(size)
+    length = sum(len(text.split()) for text in texts) / len(texts) + size.response / 2
+    config = model.config
+    cache = 3 * length * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+    assert reference_gpu.read_by_a_step(size) == pytest.approx(2 * (linear + cache))
+
+
+def test_the_side_that_a_gpu_runs_runs_here_too(tmp_path: Path) -> None:
+    size = replace(reference_vs_trl.SIZES[0], batch=4, micro=2, epochs=1, iterations=2, dtype="bfloat16")
+    reference_vs_trl.write_models(size, tmp_path)
+    case = {**vars(size), "prompts": reference_vs_trl.prompts(size), "threads": 1, "seed": 0}
+    found = ppo_side.reference_side(tmp_path, case)
+    assert all(len(found["phases"][name]) == 1 for name in ppo_side.PHASES)
+    whole = ppo_side.reference_side(tmp_path, {**case, "micro": None, "dtype": "float32"})
+    assert found["floor"]["update"]["flops"] == pytest.approx(whole["floor"]["update"]["flops"], rel=0.02)

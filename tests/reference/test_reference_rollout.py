@@ -205,6 +205,48 @@ def test_a_row_is_sampled_alike_in_any_batch(models):
     assert torch.equal(one.mask, wider.mask)
 
 
+def both_ways(policy, prompt, mask, T):
+    """The responses with a growing cache and with one of fixed size, from the same random numbers."""
+    for static in (False, True):
+        torch.manual_seed(0)
+        yield rollout.sample(policy, prompt, mask, T=T, temperature=1.0, eos=EOS, pad=PAD, static=static)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT-2"])
+def test_a_cache_of_fixed_size_gives_the_same_tokens(models, kind):
+    policy = models.policy.double()
+    if kind == "GPT-2":
+        torch.manual_seed(0)
+        size = {"vocab_size": 62, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        policy = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, initializer_range=0.5)).double().eval()
+    shapes = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, *others, **options):
+        shapes.append((query.shape[2], key.shape[2]))
+        return attention(query, key, *others, **options)
+
+    prompt, mask = rollout.encode_prompts(models.tokenizer, task.prompts()[:8])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        growing, fixed = both_ways(policy, prompt, mask, T=9)
+    assert torch.equal(growing.ids, fixed.ids)
+    assert torch.equal(growing.mask, fixed.mask)
+    assert len(set(growing.mask.sum(1).tolist())) > 1
+    P = prompt.shape[1]
+    assert {key for _, key in shapes[: len(shapes) // 2]} == set(range(P, P + 9))
+    assert set(shapes[len(shapes) // 2 :]) == {(P, P + 9), (1, P + 9)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_cuda_graph_gives_the_same_tokens(models):
+    models.policy.double().cuda()
+    prompt, mask = (x.cuda() for x in rollout.encode_prompts(models.tokenizer, task.prompts()[:8]))
+    one_by_one, graphed = both_ways(models.policy, prompt, mask, T=20)
+    assert torch.equal(one_by_one.ids, graphed.ids)
+
+
 def test_models_that_cannot_read_the_prompts_are_named(models):
     prompt, _ = rollout.encode_prompts(models.tokenizer, task.prompts()[:4])
     roles.check_models(models, prompt, 20)
