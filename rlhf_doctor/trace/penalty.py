@@ -95,11 +95,12 @@ def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> S
         gain = response[rows, last] / np.where(moved.amounts != 0, moved.amounts, np.nan)
     if traced.experiments.by_hand:
         gain = np.where(base["value_window"][rows, last] == 0, gain, np.nan)
-    target = found.returns[rows, last]
+    reward, taken = found.returns[rows, last], np.zeros(len(last))  # what the KL takes from it
     kl = terms.reward.best if terms.reward is not None and terms.reward.there else None
     if kl is not None and kl.estimator in VALUES:
         apart = (old_logp(base) - reference_logp(base, kl.temperature))[rows, last]
-        target = target + kl.coefficient * np.where(np.isfinite(apart), VALUES[kl.estimator](apart), 0.0)
+        taken = kl.coefficient * np.where(np.isfinite(apart), VALUES[kl.estimator](apart), 0.0)
+    target = reward + taken
     amount = np.where(np.abs(gain - 1) < NEAR, target - score, np.nan)
     gamma, decay = found.gamma or declared.get("gamma"), found.gamma_lam
     if isinstance(gamma, (int, float)) and gamma and decay:  # the score stands in the slot after the last token
@@ -109,7 +110,11 @@ def surplus(traced: Traced, declared: Mapping[str, Any], terms: Divergence) -> S
     if not np.isfinite(amount).any():
         penalty = declared.get("missing_eos_penalty")
         level = np.ones((len(score), 1))
-        scaled = _of_scaled(target, score, ended, lengths, float(penalty), level) if penalty else None
+        scaled, felt = None, gain[np.isfinite(gain) & (gain != 0)]
+        unit = float(np.median(felt)) if len(felt) else 1.0
+        for each in (target, reward / unit + taken):  # the scores alone are scaled, or the rewards as a whole
+            if penalty and scaled is None:
+                scaled = _of_scaled(each, score, ended, lengths, float(penalty), level)
         if scaled is None:
             return said("the scores are scaled or placed elsewhere on their way to the rewards")
         amount = scaled

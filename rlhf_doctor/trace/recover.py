@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.trace.interventions import Experiment, Experiments
+from rlhf_doctor.trace.rescaled import Rates, elsewhere, rates_of_scaled, steadied
 from rlhf_doctor.trace.table import Table
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Recovered:
         row_scale: (S,) how a row's tokens are weighted beside other rows'.
         fits: window -> how the policy's weights follow from ``raw_advantages``.
         gamma_lam, gamma, lam: measured; None where not identifiable. ``gamma_lam_of_policy`` is from its advantages.
-        scores_shared: whether one changed score moves most samples' rewards, as where they are normalised.
+        scores_shared: whether one changed score moves most samples' rewards, by no line that could be taken out.
         rewards: per token, from the returns by inverting GAE with the measured (else declared) gamma and lambda.
         edges: the measured wiring, by ``EDGES``.
     """
@@ -104,6 +105,7 @@ class Recovered:
         self.fits: dict[int, Fit] = {}
         self.reasons: dict[str, str] = {}
         self.rest = rest  # works out what is not there yet
+        self.rates: list[Rates | None] = []  # of rewards that a batch's deviation scales, once they were asked for
 
     def __getattr__(self, name: str) -> Any:
         if name not in UNKNOWN:
@@ -245,6 +247,9 @@ def policy_response(made: Recovered, found: Experiments, experiment: Experiment)
     )
     response = after - before
     windows = base["window"]
+    as_scaled = _policy_of_scaled(made, found, experiment, after)
+    if as_scaled is not None:
+        return as_scaled
     known = ~experiment.touched[:, None] & np.isfinite(before) & np.isfinite(after)
     for window in np.unique(windows[np.isfinite(windows)]):
         inside = windows == window
@@ -265,13 +270,64 @@ def policy_response(made: Recovered, found: Experiments, experiment: Experiment)
     return response
 
 
+def _policy_of_scaled(made: Recovered, found: Experiments, experiment: Experiment, after: Floats) -> Floats | None:
+    """The same where the batch scales its rewards and the policy follows returns − values: what these moved by, and
+    what the policy's weights have besides."""
+    base = found.base
+    if not made.fits or max(fit.misfit for fit in made.fits.values()) > 1e-2 or not base.has("old_value"):
+        return None
+    moved = _moved_targets(made, base, experiment)
+    steady = _steadied(made, found, experiment, moved)
+    if steady is None:
+        return None
+    pushed = np.nan_to_num(experiment.moved(base, "old_value"))
+    besides = np.full(after.shape, np.nan)
+    raw = made.returns + moved - experiment.table["old_value"]
+    for window in made.fits:
+        inside = base["window"] == window
+        still = inside & ~experiment.touched[:, None] & np.isfinite(raw) & np.isfinite(after)
+        if not _enough(raw[still]):
+            return None
+        slope, intercept = _line(raw[still], after[still])
+        if not slope:
+            return None
+        besides[inside] = ((after - intercept) / slope - raw)[inside]
+    return np.asarray(steady - pushed + besides)
+
+
 def _enough(values: Floats) -> bool:
     return len(values) > 1 and bool(np.ptp(values) > 0)
 
 
 def return_response(made: Recovered, found: Experiments, experiment: Experiment) -> Floats:
-    """How the critic's target moved, (S, T)."""
-    base = found.base
+    """How the critic's target moved, (S, T); where the batch scales its rewards, as if the scale had stayed."""
+    moved = _moved_targets(made, found.base, experiment)
+    return moved if (known := _steadied(made, found, experiment, moved)) is None else known
+
+
+def _steadied(made: Recovered, found: Experiments, experiment: Experiment, moved: Floats) -> Floats | None:
+    if not elsewhere(moved, experiment):
+        return None
+    if not made.rates:
+        made.rates.append(None)
+        made.rates[0] = _rates(made, found)
+    rates = made.rates[0]
+    return None if rates is None else steadied(found.base, made.returns, moved, experiment, rates)
+
+
+def _rates(made: Recovered, found: Experiments) -> Rates | None:
+    """γ and λ of rewards that the batch scales, where one changed score and all of them show the same."""
+    base, one, several = found.base, found.done.get("one score"), found.done.get("all scores")
+    if one is None or not np.isfinite(made.returns).any():
+        return None
+    rates = rates_of_scaled(base, made.returns, _moved_targets(made, base, one), one)
+    if rates is None or several is None:
+        return rates
+    alike = steadied(base, made.returns, _moved_targets(made, base, several), several, rates)
+    return None if alike is None else rates
+
+
+def _moved_targets(made: Recovered, base: Table, experiment: Experiment) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         moved: Floats = -masked(base, experiment.moved(base, "value_gradient")) / made.kappa
     if base.has("value"):
@@ -303,22 +359,31 @@ def _discount(made: Recovered, found: Experiments) -> None:
     if rollout is None or not base.has("old_value"):
         return
     returns, policy = return_response(made, found, rollout), policy_response(made, found, rollout)
-    ahead, further = [], []
+    seen = (returns, policy if made.fits else returns)
+    decay = made.gamma_lam if made.gamma_lam is not None else made.gamma_lam_of_policy
+    if decay is None:
+        ahead, further = (_ahead(base, rollout, seen, steps) for steps in (1, 2))
+        if ahead and further and abs(np.median(ahead)) > 1e-3:
+            decay = made.gamma_lam = float(np.median(further) / np.median(ahead))
+    if decay is not None:
+        made.gamma = _gamma(base, rollout, seen, decay)
+        made.lam = decay / made.gamma if made.gamma else None
+
+
+def _gamma(base: Table, rollout: Experiment, seen: tuple[Floats, ...], decay: float) -> float | None:
+    """γ: a value that was pushed moves the token before by γ (1 − λ); None where none was."""
+    ahead = _ahead(base, rollout, seen, 1)
+    return float(np.median(ahead)) + decay if ahead else None
+
+
+def _ahead(base: Table, rollout: Experiment, seen: tuple[Floats, ...], steps: int) -> list[float]:
+    """What a unit of a pushed value does so many tokens before it."""
+    found = []
     for s, t in zip(*np.nonzero(rollout.amounts), strict=True):
         pushed = rollout.table["old_value"][s, t] - base["old_value"][s, t]
-        if not np.isfinite(pushed) or not pushed or t < 1:
-            continue
-        for moved in (returns, policy if made.fits else returns):
-            if np.isfinite(moved[s, t - 1]):
-                ahead.append(moved[s, t - 1] / pushed)
-                if t > 1 and np.isfinite(moved[s, t - 2]):
-                    further.append(moved[s, t - 2] / pushed)
-    decay = made.gamma_lam if made.gamma_lam is not None else made.gamma_lam_of_policy
-    if decay is None and ahead and further and abs(np.median(ahead)) > 1e-3:
-        decay = made.gamma_lam = float(np.median(further) / np.median(ahead))
-    if ahead and decay is not None:
-        made.gamma = float(np.median(ahead)) + decay
-        made.lam = decay / made.gamma if made.gamma else None
+        if np.isfinite(pushed) and pushed and t >= steps:
+            found += [moved[s, t - steps] / pushed for moved in seen if np.isfinite(moved[s, t - steps])]
+    return found
 
 
 def _decay(response: Floats, lengths: NDArray[np.int64], touched: NDArray[np.bool_]) -> float | None:
