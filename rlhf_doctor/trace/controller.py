@@ -66,6 +66,8 @@ def controlled(traced: Traced, setup: RLHFSetup, fit: Fit, place: str) -> Contro
         place: see ``fit``.
     """
     declared = dict(setup.declared)
+    if place == "reward" and traced.recovered.scaled:
+        return "each batch's own deviation divides the rewards, so what the KL weighs in them is another in each step"
     kinds = VALUES if place == "reward" else SLOPES
     if fit.estimator not in kinds:
         return "the KL is a sum over the vocabulary, whose coefficient in a second step is not read"

@@ -77,6 +77,7 @@ class Draws:
         contexts: sample -> the ids that the sampler was given before the first token.
         strange: what was drawn and altered before it was trained on.
         placed, lost: how many rows of the pass before the update, and of the update's, belong to a sample, and to none.
+        copies: how many of those placed are another row of their batch once more.
     """
 
     row: Ints
@@ -89,7 +90,7 @@ class Draws:
     bent: Floats
     contexts: dict[int, tuple[int, ...]]
     strange: list[Strange]
-    copies: int  # rows of the pass before the update that are another row once more
+    copies: dict[str, int]
     placed: dict[str, int]
     lost: dict[str, int]
 
@@ -151,7 +152,7 @@ def draws(run: Run, table: Table, special: Special, *, held: bool = False) -> Dr
     made = Draws(
         np.full(len(table.samples), -1), np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan),
         np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), np.full(shape[:2], np.nan), np.full(shape[:2], np.nan),
-        {}, [], 0, {"old": 0, "new": 0}, {"old": 0, "new": 0},
+        {}, [], {"old": 0, "new": 0}, {"old": 0, "new": 0}, {"old": 0, "new": 0},
     )  # fmt: skip
     offset = 0
     prompts = list({s.prompt for s in table.samples})
@@ -335,10 +336,10 @@ def _passes(
         if moved or (call.window > window and not held):
             continue
         placed = place(call, places, used[update])
-        found = placed.row_sample[placed.row_sample >= 0]
-        made.copies += 0 if update else len(found) - len(set(found.tolist()))
-        made.lost["new" if update else "old"] += int((placed.row_sample < 0).sum())
-        made.placed["new" if update else "old"] += int((placed.row_sample >= 0).sum())
+        found, which = placed.row_sample[placed.row_sample >= 0], "new" if update else "old"
+        made.copies[which] += len(found) - len(set(found.tolist()))
+        made.lost[which] += int((placed.row_sample < 0).sum())
+        made.placed[which] += len(found)
         logp = _logp(table, placed, table.temperature)
         logs = (call.at_columns.double() - call.lse[1.0].double()[:, None]).cpu().numpy()
         inside = _responses(placed, table)

@@ -117,6 +117,11 @@ class Recovered:
         return vars(self)[name]
 
     @property
+    def scaled(self) -> bool:
+        """Whether the batch was seen to scale its rewards, so that what a change does was read as if it did not."""
+        return any(self.rates)
+
+    @property
     def whitened(self) -> bool | None:
         """Whether the advantages were shifted or scaled on the way to the policy; None where they fit no returns."""
         good = [f for f in self.fits.values() if f.misfit < 1e-2]

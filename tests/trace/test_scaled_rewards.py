@@ -16,7 +16,7 @@ from rlhf_doctor.selftest.loops import reference_step
 from rlhf_doctor.setups import RLHFSetup
 from rlhf_doctor.trace import gains
 
-CODES = ("ADV001", "ADV002", "KLD002", "KLD003", "KLD004", "KLD005", "REW014", "VAL009", "VAL010", "VAL011")
+CODES = ("ADV001", "ADV002", "KLD002", "KLD003", "KLD004", "KLD005", "KLD006", "REW014", "VAL009", "VAL010", "VAL011")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -20,6 +20,7 @@ COPIED = 0.3  # of the scored rows; some loops fill up their last batch with row
     stage=Stage.TRACE,
     severity=Severity.ERROR,
     after=("ROL001", "ROL010", "ROL011"),
+    explains=("LOS001", "ADV008", "ADV010"),
 )
 def rollouts_identical(drawing: Drawing) -> Iterator[Finding]:
     """
@@ -49,14 +50,16 @@ def rollouts_identical(drawing: Drawing) -> Iterator[Finding]:
     """
     from rlhf_doctor.trace import odds
 
-    copies, rows = drawing.first.draws.copies, drawing.first.draws.placed["old"]
+    draws = drawing.first.draws
+    seen = "old" if draws.placed["old"] else "new"  # a loop without ratios reads its responses in the update alone
+    copies, rows = draws.copies[seen], draws.placed[seen]
     if copies > COPIED * rows:
         yield Finding(
-            f"{rows} responses are scored, and {copies} of them are copies of others, which were drawn once. Draw each "
+            f"{rows} responses are used, and {copies} of them are copies of others, which were drawn once. Draw each "
             "response anew: ask the sampler for as many as there are samples.",
             role="loop",
             confidence=Confidence.PROVEN,
-            evidence=(Evidence("scored responses that were drawn", f"{rows}", f"{rows - copies}", f"{COPIED:.0%}"),),
+            evidence=(Evidence("responses that were drawn", f"{rows}", f"{rows - copies}", f"{COPIED:.0%}"),),
         )
         return
     compared = [("within one step, to one prompt", odds.repeats_within(drawing.first), "samples")]
