@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlhf_doctor.trace.interventions import Experiment, Experiments
-from rlhf_doctor.trace.rescaled import Rates, elsewhere, rates_of_scaled, steadied
+from rlhf_doctor.trace.rescaled import Rates, elsewhere, rates_of_scaled, rewards_of, steadied, values_ahead
 from rlhf_doctor.trace.table import Table
 
 if TYPE_CHECKING:
@@ -314,8 +314,7 @@ def _steadied(made: Recovered, found: Experiments, experiment: Experiment, moved
     if not elsewhere(moved, experiment):
         return None
     if not made.rates:
-        made.rates.append(None)
-        made.rates[0] = _rates(made, found)
+        made.rates.append(_rates(made, found))
     rates = made.rates[0]
     return None if rates is None else steadied(found.base, made.returns, moved, experiment, rates)
 
@@ -366,19 +365,12 @@ def _discount(made: Recovered, found: Experiments) -> None:
     returns, policy = return_response(made, found, rollout), policy_response(made, found, rollout)
     seen = (returns, policy if made.fits else returns)
     decay = made.gamma_lam if made.gamma_lam is not None else made.gamma_lam_of_policy
-    if decay is None:
-        ahead, further = (_ahead(base, rollout, seen, steps) for steps in (1, 2))
-        if ahead and further and abs(np.median(ahead)) > 1e-3:
-            decay = made.gamma_lam = float(np.median(further) / np.median(ahead))
-    if decay is not None:
-        made.gamma = _gamma(base, rollout, seen, decay)
+    ahead, further = (_ahead(base, rollout, seen, steps) for steps in (1, 2))
+    if decay is None and ahead and further and abs(np.median(ahead)) > 1e-3:
+        decay = made.gamma_lam = float(np.median(further) / np.median(ahead))
+    if ahead and decay is not None:
+        made.gamma = float(np.median(ahead)) + decay
         made.lam = decay / made.gamma if made.gamma else None
-
-
-def _gamma(base: Table, rollout: Experiment, seen: tuple[Floats, ...], decay: float) -> float | None:
-    """γ: a value that was pushed moves the token before by γ (1 − λ); None where none was."""
-    ahead = _ahead(base, rollout, seen, 1)
-    return float(np.median(ahead)) + decay if ahead else None
 
 
 def _ahead(base: Table, rollout: Experiment, seen: tuple[Floats, ...], steps: int) -> list[float]:
@@ -413,12 +405,7 @@ def _rewards(made: Recovered, base: Table, declared: dict[str, object]) -> None:
     if not isinstance(gamma, (int, float)) or not isinstance(lam, (int, float)) or not np.isfinite(made.returns).any():
         made.reasons["rewards"] = made.reasons.get("returns", "gamma and lambda are neither measured nor declared")
         return
-    values = base["old_value"] if base.has("old_value") else base["value"]
-    rewards = made.returns.copy()
-    for s, length in enumerate(base.real.sum(1)):
-        ahead = (1 - lam) * values[s, 1:length] + lam * made.returns[s, 1:length]
-        rewards[s, : length - 1] -= gamma * ahead
-    made.rewards = rewards
+    made.rewards = rewards_of(base, made.returns, values_ahead(base, base), Rates(gamma, lam))
 
 
 def _edges(made: Recovered, found: Experiments) -> None:

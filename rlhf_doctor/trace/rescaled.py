@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.table import Table
 
     Floats = NDArray[np.float64]
-    Bools = NDArray[np.bool_]
 
-__all__ = ["Rates", "elsewhere", "rates_of_scaled", "steadied"]
+__all__ = ["Rates", "elsewhere", "rates_of_scaled", "rewards_of", "steadied", "values_ahead"]
 
 MOVED = 1e-4  # of what was added: float32 leaves a tenth of it
 ONE_LINE = 0.1  # of what moved: the line is some thousandths of the change, and float32 leaves a hundredth of that
@@ -58,7 +57,7 @@ def rates_of_scaled(base: Table, targets: Floats, moved: Floats, experiment: Exp
     if ends.any() and not ends[~experiment.touched].any():
         return None  # whether a score stands after the end of a shorter response does not show
     for later in (False, True):
-        ahead = [_next(base, moved), _values_ahead(base, base, later), _next(base, targets)]
+        ahead = [_next(base, moved), values_ahead(base, base, later), _next(base, targets)]
         x = np.stack([ahead[0], targets, *ahead[1:], np.ones(targets.shape), *_ends(base, later)], -1)
         still = base.real & ~experiment.touched[:, None] & np.isfinite(moved) & np.isfinite(x).all(-1)
         solved, misfit = _fitted(x[still], moved[still])
@@ -73,8 +72,8 @@ def rates_of_scaled(base: Table, targets: Floats, moved: Floats, experiment: Exp
 
 def steadied(base: Table, targets: Floats, moved: Floats, experiment: Experiment, rates: Rates) -> Floats | None:
     """How the ``targets`` (S, T) would have ``moved`` at the line of the unchanged run; None where there is no line."""
-    was, now = (_values_ahead(base, table, rates.later) for table in (base, experiment.table))
-    before, after = _rewards(base, targets, was, rates), _rewards(base, targets + moved, now, rates)
+    was, now = (values_ahead(base, table, rates.later) for table in (base, experiment.table))
+    before, after = rewards_of(base, targets, was, rates), rewards_of(base, targets + moved, now, rates)
     known = np.isfinite(before) & np.isfinite(after)
     constant = np.ones(before.shape) + sum(rates.gamma * rates.lam * column for column in _ends(base, rates.later))
     columns, still = [before, constant], known & ~experiment.touched[:, None]
@@ -103,7 +102,7 @@ def _fitted(x: Floats, y: Floats) -> tuple[Floats, float]:
     return np.asarray(solved, dtype=np.float64), float(np.abs(x @ solved - y).max() / np.abs(y).max())
 
 
-def _rewards(base: Table, targets: Floats, ahead: Floats, rates: Rates) -> Floats:
+def rewards_of(base: Table, targets: Floats, ahead: Floats, rates: Rates) -> Floats:
     """What generalized advantage estimation made these targets (S, T) of, with the values ``ahead`` of each token."""
     later = (1 - rates.lam) * ahead + rates.lam * _next(base, targets)
     return np.where(base.real, targets - rates.gamma * later, np.nan)
@@ -116,7 +115,7 @@ def _next(base: Table, x: Floats) -> Floats:
     return found
 
 
-def _values_ahead(base: Table, table: Table, later: bool) -> Floats:
+def values_ahead(base: Table, table: Table, later: bool = False) -> Floats:
     """The value of the next state, (S, T); after the last token that of the slot there where it counts, or 0."""
     found = _next(base, table["old_value"] if base.has("old_value") else table["value"])
     if later and table["value_after"].shape[1]:
