@@ -11,6 +11,7 @@ import numpy as np
 from rlhf_doctor.trace.anchor import Line, solve
 from rlhf_doctor.trace.gains import Discount, discount, trusted
 from rlhf_doctor.trace.recover import masked
+from rlhf_doctor.trace.rescaled import Rates, rewards_of, values_ahead
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -139,7 +140,11 @@ def rates_apart(traced: Traced, declared: Mapping[str, Any]) -> OtherRates | Non
     bent = _bent(traced)
     if bent is None:
         return None
-    rewards, values = _rewards(traced, critic), _values(traced)
+    base, values = traced.base, _values(traced)
+    assert critic.product is not None
+    assert critic.gamma is not None
+    rates = Rates(critic.gamma, critic.product / critic.gamma if critic.gamma else 0.0)
+    rewards = rewards_of(base, traced.recovered.returns, values_ahead(base, base), rates)
     tried = [(float(gamma), float(lam)), *((g, n) for g in (0.0, float(gamma), 1.0) for n in (0.0, float(lam), 1.0))]
     for g, n in dict.fromkeys(tried):
         made = _discounted(traced, rewards, values, g, n)
@@ -160,17 +165,6 @@ def _rates(traced: Traced, declared: Mapping[str, Any]) -> Discount | None:
     if found.product is not None and abs(found.product - gamma * lam) > APART:
         return None
     return Discount(gamma * lam, float(gamma), 0.0, 0)
-
-
-def _rewards(traced: Traced, rates: Discount) -> Floats:
-    base, values = traced.base, _values(traced)
-    assert rates.product is not None
-    assert rates.gamma is not None
-    rewards = masked(base, traced.recovered.returns)
-    for s, length in enumerate(base.real.sum(1)):
-        ahead = (rates.gamma - rates.product) * values[s, 1:length] + rates.product * rewards[s, 1:length]
-        rewards[s, : max(length - 1, 0)] -= ahead
-    return rewards
 
 
 def _discounted(traced: Traced, rewards: Floats, values: Floats, gamma: float, lam: float) -> Floats:

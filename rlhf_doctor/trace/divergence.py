@@ -107,13 +107,15 @@ def _in_reward(
     for s, length in enumerate(base.real.sum(1)):
         rewards[s, : max(length - 1, 0)] -= decay * returns[s, 1:length]
     onto &= np.isfinite(rewards)
-    gain = _gain_of_scores(traced) if traced.recovered.edges else 1.0
+    if not onto.any():
+        reasons["reward"] = "too few of the critic's targets show to tell what a token's reward is"
+        return None
+    gains = _gains_of_scores(traced) if traced.recovered.edges else [1.0]
     raw = masked(base, moved.moved(base, "value_gradient"))[onto]
     same = bool(len(raw)) and bool((raw == 0).all())
-    made = _penalty(traced, moved, -rewards, onto, same)
-    if gain == 1.0 or (made.best is not None and _is(made.best.coefficient, declared.get("kl_coef"))):
-        return made  # the scores alone may be normalised, and the KL taken off afterwards
-    return _penalty(traced, moved, -rewards / gain, onto, same)
+    made = [_penalty(traced, moved, -rewards / gain, onto, same) for gain in dict.fromkeys([1.0, *gains])]
+    declared_one = (x for x in made if x.best is not None and _is(x.best.coefficient, declared.get("kl_coef")))
+    return next(declared_one, made[-1])  # the scores alone may be normalised, and the KL taken off afterwards
 
 
 def shaped_by_the_update(traced: Traced, changed: Experiment, declared: Mapping[str, Any]) -> bool:
@@ -150,13 +152,15 @@ def _is(measured: float, declared: Any) -> bool:
     return isinstance(declared, (int, float)) and abs(measured - declared) < 0.02 * abs(declared)
 
 
-def _gain_of_scores(traced: Traced) -> float:
-    """What a unit of the score is worth in rewards: other than 1 where rewards are scaled as a whole."""
-    edge = traced.recovered.edges.get("reward → value target")
-    gain = None if edge is None else edge.gain
-    if traced.recovered.scores_shared:
-        gain = _scale_of_scores(traced)
-    return gain if gain is not None and gain > 0.05 and abs(gain - 1) > 0.01 else 1.0
+def _gains_of_scores(traced: Traced) -> list[float]:
+    """What a unit of the score may be worth in rewards: other than 1 where rewards are scaled as a whole."""
+    found = traced.recovered
+    edge = found.edges.get("reward → value target")
+    gain = _scale_of_scores(traced) if found.scores_shared else None if edge is None else edge.gain
+    if gain is None or gain <= 0.05 or abs(gain - 1) <= 0.01:
+        return [1.0]
+    behind = [r.gamma * r.lam for r in found.rates if r is not None and r.later]
+    return [*(gain / share for share in behind if share), gain]  # that of a score one slot after the last token
 
 
 def _scale_of_scores(traced: Traced) -> float | None:

@@ -352,10 +352,21 @@ class _Conductor:
         middle = np.nanmedian(scores[fit])
         alone = np.bincount(self.twin, minlength=len(scores))[self.twin] == 1
         rank = np.where(fit, lengths - 5 * np.abs(scores - middle) + 100 * alone, -np.inf)
-        chosen = int(np.argmax(rank))
-        amounts = np.zeros(len(scores))
-        amounts[self.twin[chosen]] = self._size(scores) * (1 if scores[chosen] <= middle else -1)
-        self._scored("one score", amounts)
+        ended = np.array([s.ended for s in base.samples], dtype=bool)
+        for _ in range(2):
+            chosen = int(np.argmax(rank))
+            amounts = np.zeros(len(scores))
+            amounts[self.twin[chosen]] = self._size(scores) * (1 if scores[chosen] <= middle else -1)
+            self._scored("one score", amounts)
+            rank = np.where(ended != ended[chosen], rank, -np.inf)
+            if not self._still("one score") or not np.isfinite(rank).any():
+                break  # a constant may stand for the score of a response that does not end, or for that of one that does
+
+    def _still(self, name: str) -> bool:
+        """Whether a changed score was read and moved nothing."""
+        made = self.made.get(name)
+        fields = ("weight", "value_gradient")
+        return made is not None and not any(np.nan_to_num(made.moved(self.base, f)).any() for f in fields)
 
     def _all_scores(self) -> None:
         scores = self.base.scores

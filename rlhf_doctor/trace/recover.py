@@ -41,6 +41,7 @@ UNKNOWN: Mapping[str, Any] = {
     "edges": None,
 }  # fmt: skip
 LINEAR = 0.25  # of the tokens
+ANSWER = 1e-2  # of a score's change: float32 leaves 1e-4
 SHARED = 4e-3  # of a changed score: float32 leaves 1e-4, a mean over 200 samples 5e-3
 
 
@@ -431,7 +432,8 @@ def _edges(made: Recovered, found: Experiments) -> None:
         with np.errstate(divide="ignore", invalid="ignore"):
             gains = (response[rows, last] / one.amounts)[one.touched]
         gains = gains[np.isfinite(gains)]
-        typical = float(np.median(gains)) if len(gains) else None
+        answers = gains[np.abs(gains) > ANSWER]  # a constant may stand for the scores of responses without an end
+        typical = float(np.median(answers if len(answers) else gains)) if len(gains) else None
         made.edges[name] = Edge(name, 0.0 if identical else typical, "", identical)
     rollout = found.done.get("rollout outputs")
     if rollout is None:

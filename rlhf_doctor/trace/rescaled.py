@@ -76,12 +76,14 @@ def steadied(base: Table, targets: Floats, moved: Floats, experiment: Experiment
     before, after = rewards_of(base, targets, was, rates), rewards_of(base, targets + moved, now, rates)
     known = np.isfinite(before) & np.isfinite(after)
     constant = np.ones(before.shape) + sum(rates.gamma * rates.lam * column for column in _ends(base, rates.later))
-    columns, still = [before, constant], known & ~experiment.touched[:, None]
-    if not still.any() and experiment.amounts.ndim == 1:  # every score was changed, and shows at the last token
+    shown = [(np.stack([before, constant], -1), known & ~experiment.touched[:, None])]
+    if not shown[0][1].any() and experiment.amounts.ndim == 1:  # every score was changed, and shows at the last token
         last = base.real & (_next(base, np.ones(before.shape)) == 0)
         share = np.where(_ends(base, True)[0] > 0, rates.gamma * rates.lam, 1.0) if rates.later else 1.0
-        columns, still = [*columns, np.where(last, share * experiment.amounts[:, None], 0.0)], known
-    solved, misfit = _fitted(np.stack(columns, -1)[still], (after - before)[still])
+        ended = np.array([s.ended for s in base.samples], dtype=np.float64)
+        scores = (experiment.amounts, experiment.amounts * ended)  # or at that of those that ended
+        shown = [(np.stack([before, constant, np.where(last, share * x[:, None], 0.0)], -1), known) for x in scores]
+    solved, misfit = min((_fitted(x[still], (after - before)[still]) for x, still in shown), key=lambda fit: fit[1])
     if misfit > ONE_LINE or solved[0] <= -1:
         return None
     grown = (after - float(solved[1]) * constant) / (1 + float(solved[0])) - before

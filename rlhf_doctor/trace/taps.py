@@ -135,6 +135,8 @@ class Recorder(TorchFunctionMode):
         self._given: dict[Role, tuple[Tensor | None, Tensor | None]] = {}
         self._modules: dict[Role, torch.nn.Module] = {}
         self._adapted: list[torch.nn.Module] = []
+        self._adapter: frozenset[int] = frozenset()  # ids of the policy's parameters that are no other library's adapter
+        self._adapter_used = False  # since the last lookup of tokens
         self._tokens: dict[int, set[Role]] = {}
         self._heads: dict[int, set[Role]] = {}
         self._others: dict[int, set[Role]] = {}
@@ -147,6 +149,8 @@ class Recorder(TorchFunctionMode):
         self._hushed: torch.nn.Module | None = None  # the layer that is being run
         for role in MODEL_ROLES:
             self._learn(role)
+        if setup.reference == "adapter-off" and not self._adapted:
+            self._adapter = self._written_by_hand()
         self._climbed = {role for optimizer in setup.optimizers for role in self._maximised(optimizer)}
 
     # ---- what belongs to whom ----------------------------------------------------------------------------------
@@ -179,9 +183,16 @@ class Recorder(TorchFunctionMode):
         trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad and p.numel() > 1] or list(heads)
         self._marks[role] = [trained[0], trained[len(trained) // 2], trained[-1]] if trained else []
 
+    def _written_by_hand(self) -> frozenset[int]:
+        """The policy's trained parameters, where these are neither its tables nor its heads: what it has besides."""
+        policy = self._modules.get("policy")
+        trained = {id(p) for p in policy.parameters() if p.requires_grad} if policy is not None else set[int]()
+        plain = {i for table in (self._tokens, self._heads, self._others) for i in table if "policy" in table[i]}
+        return frozenset[int]() if trained & plain else frozenset(trained)
+
     def _one_role(self, roles: set[Role]) -> Role | None:
         """Whose call this is, of those that own the weights."""
-        if roles >= {"policy", "reference"} and self._adapted:
+        if roles >= {"policy", "reference"} and (self._adapted or self._adapter):
             roles = roles - ({"policy"} if self._adapters_off else {"reference"})
         for active in reversed(self._stack):
             if active & roles:
@@ -194,11 +205,13 @@ class Recorder(TorchFunctionMode):
 
     @property
     def _adapters_off(self) -> bool:
+        if self._adapter:
+            return not self._adapter_used
         return any(bool(getattr(m, "disable_adapters", False)) for m in self._adapted)
 
     def _acting(self, roles: frozenset[Role]) -> frozenset[Role]:
         """The roles that a module plays now: a policy with its adapter off is the reference."""
-        if self._adapted and "policy" in roles and self._adapters_off:
+        if (self._adapted or self._adapter) and "policy" in roles and self._adapters_off:
             return (roles - {"policy"}) | {"reference"}
         return roles
 
@@ -208,6 +221,8 @@ class Recorder(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
+        if self._adapter and not self._adapter_used:
+            self._adapter_used = any(id(a) in self._adapter for a in (*args, *(kwargs or {}).values()))
         if func in LISTENED:
             result = self._listened(func, args, kwargs, result)
         if self._lookups and type(result) is Tensor:
@@ -297,6 +312,9 @@ class Recorder(TorchFunctionMode):
 
     def _shared(self, roles: set[Role]) -> set[Role]:
         """All roles that this embedding now works for: several heads on one trunk, or one model's two roles."""
+        if self._adapter and roles >= {"policy", "reference"}:
+            self._adapter_used = False  # what is behind it tells which of the two this is
+            return roles
         chosen = self._one_role(set(roles))
         if chosen in ("policy", "reference"):
             return (roles - {"policy", "reference"}) | {chosen}
@@ -387,7 +405,7 @@ class Recorder(TorchFunctionMode):
         def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             self._stack.append(roles)
             mask, positions = mask_and_positions(args, kwargs)
-            for role in self._acting(roles):
+            for role in {*roles, "reference"} if self._adapter and "policy" in roles else self._acting(roles):
                 self._given[role] = (mask, positions)
                 self._seen_heads.pop(role, None)
                 self._lookups.pop(role, None)
@@ -487,7 +505,7 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self) -> Iterator[Recorder]:
         """Tapped inside, untouched afterwards."""
-        watched = {*self._tokens, *self._heads, *self._others}
+        watched = {*self._tokens, *self._heads, *self._others, *self._adapter}
         with ExitStack() as stack:
             modules: dict[int, tuple[torch.nn.Module, set[Role]]] = {}
             for role, module in self._modules.items():
@@ -521,7 +539,7 @@ class Recorder(TorchFunctionMode):
     def _noted(self, roles: frozenset[Role]) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             mask, positions = mask_and_positions(args, kwargs)
-            for role in self._acting(roles):
+            for role in {*roles, "reference"} if self._adapter and "policy" in roles else self._acting(roles):
                 inside = any(role in active for active in self._stack)
                 before = self._given.get(role, (None, None)) if inside else (None, None)
                 self._given[role] = (before[0] if mask is None else mask, before[1] if positions is None else positions)

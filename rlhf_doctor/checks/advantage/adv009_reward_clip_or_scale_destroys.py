@@ -54,7 +54,8 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
         https://github.com/vwxyzjn/summarize_from_feedback_details/pull/17 (whitened rewards are harmful), and Huang et
         al. 2024, https://arxiv.org/abs/2403.17031. A sample counts as cut when its return moves by less than 0.01 of
         what its score does; float32 leaves 0.0001. A few cut outliers are what a clip is for: half is none, nor
-        are two whose scores are below half of the declared clip.
+        are two whose scores are below half of the declared clip. A constant in place of the score of every response
+        that never ended is none either, as in that repository.
     """
     from rlhf_doctor.trace import arrival, gains
 
@@ -66,6 +67,7 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
         if not known:
             raise Unavailable("needs a critic whose target shows, and scores that could be changed")
         lost = known > 1 and dead > HALF * known and found.arrives and (dead < known or found.moved < FAINT)
+        lost &= dead == known or not _cut_off_alone(traced, found)
     within = _within_the_clip(traced, found, number(setup.declared.get("reward_clip")))
     if not lost and within < FEW:
         return
@@ -95,6 +97,13 @@ def reward_clip_or_scale_destroys(traced: Traced, setup: Any) -> Iterator[Findin
         role="loop",
         confidence=Confidence.PROVEN,
         evidence=tuple(evidence),
+    )
+
+
+def _cut_off_alone(traced: Traced, found: Reach) -> bool:
+    """Whether exactly the responses without an end do not answer: a constant in place of their scores is a rule."""
+    return all(
+        s.ended != dead for s, dead, known in zip(traced.base.samples, found.dead, found.known, strict=True) if known
     )
 
 

@@ -29,11 +29,11 @@ def reward_eos_sensitive(
     """
     What it examines:
         The preference pairs, scored with the end of sequence after each response and without. Only a reward model that
-        ranks them better than chance with it is judged. It is a fault where, without it, it ranks them no better than
-        chance and loses a quarter of the pairs, or where a chosen response without its end loses to the rejected one
-        with it in most pairs, so that the missing end outweighs the preference. A reward that pays for the end on
-        purpose should say so by ``missing_eos_penalty``, and is then only judged by the first; that is info then,
-        unless the ranking turns over.
+        ranks them better than chance with it is judged. It is a fault where, without it, the ranking turns over, or
+        where a chosen response without its end loses to the rejected one with it in most pairs, so that the missing end
+        outweighs the preference. A reward that pays for the end on purpose should say so by ``missing_eos_penalty``,
+        and is then only judged by the first. A model that, without the end, ranks the pairs no better than chance and
+        loses a quarter of them is worth knowing about: most were trained on finished texts alone.
 
     Why it matters:
         In PPO many responses are cut at the length limit and have no end. A reward model that was only ever trained on
@@ -69,7 +69,6 @@ def reward_eos_sensitive(
     if not lost and not outweighs:
         return
     turned = at_most(bare, n, CHANCE) < DOUBT
-    penalised = bool(setup.declared.get("missing_eos_penalty")) and not turned  # cut responses are not left to chance
     gap = fmean(a - b for x, y in zip(p.with_eos, open_, strict=True) for a, b in zip(x, y, strict=True))
     spread = pstdev([s for pair in p.with_eos for s in pair])
     yield Finding(
@@ -82,7 +81,7 @@ def reward_eos_sensitive(
         + "The end should not decide: append it to finished responses before scoring, and give cut ones a fixed score.",
         role="reward",
         confidence=Confidence.MEASURED,
-        severity=Severity.INFO if penalised else None,
+        severity=None if turned or outweighs else Severity.INFO,
         evidence=(
             Evidence(
                 "pairs ranked rightly, with and without the end of sequence",
