@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -335,7 +335,12 @@ class _Conductor:
         else:
             self._run(name, amounts, amounts != 0, changes.of_scores(base, amounts))
         made = self.made.get(name)
-        if made is not None and not np.nan_to_num(made.table.scores - base.scores)[made.touched].any():
+        if made is None:
+            return
+        moved = np.nan_to_num(made.table.scores - base.scores)
+        if moved[made.touched].any():  # behind the head there may be a gain
+            self.made[name] = replace(made, amounts=np.where(made.touched & (moved != 0), moved, amounts))
+        else:
             del self.made[name]
             self.found.reasons[name] = "the reward model's scores could not be changed where the step reads them"
 

@@ -188,7 +188,8 @@ def complete_samples(samples: list[Sample], calls: Sequence[Call], special: Spec
             at = start + len(samples[sample].tokens)
             cut |= at >= len(row)
             if at < len(row) and not (mask is not None and mask.shape == ids.shape and not mask[b, at]):
-                seen.append((samples[sample].tokens, int(row[at]), mask is None and _filler(row, at)))
+                filler = mask is None and len(ids) > 1 and _filler(row, at)  # one row alone needs none
+                seen.append((samples[sample].tokens, int(row[at]), filler))
         cut = cut or all(filler for _, _, filler in seen)
         for tokens, token, filler in seen:
             if not (cut and filler):

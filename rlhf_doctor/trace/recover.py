@@ -164,7 +164,8 @@ def _returns(made: Recovered, found: Experiments) -> None:
         made.reasons["returns"] = said or "no critic was trained"
         return
     with np.errstate(divide="ignore", invalid="ignore"):
-        amounts = np.where(pushed.amounts != 0, pushed.amounts, np.nan)
+        moved = pushed.moved(base, "value")  # behind the head there may be a gain
+        amounts = np.where(pushed.amounts != 0, np.where(np.isfinite(moved), moved, pushed.amounts), np.nan)
         kappa = masked(base, pushed.moved(base, "value_gradient") / amounts)
         linear = (kappa == 0) & (masked(base, base["value_gradient"]) != 0)
         if linear.any() and not linear[np.isfinite(kappa)].all():

@@ -129,12 +129,17 @@ def generated(episode: Sequence[Call], special: Special, known: Sequence[tuple[i
     Loops that begin with the shortest prompt feed the rest of the others where tokens are drawn; ``known`` are whole.
     """
     fed = fed_tokens([c.ids.cpu().numpy() for c in episode])
+    prompts = texts_of(episode[0], special)
+    given = [rest_of(prompt, fed[b], known) for b, prompt in enumerate(prompts)]
+    drawn = [_until_end(row[count:], special.eos) for row, count in zip(fed, given, strict=True)]
+    lengths = [length_before(response, {special.pad}) for response, _ in drawn]
     found = []
-    for b, prompt in enumerate(texts_of(episode[0], special)):
-        given = rest_of(prompt, fed[b], known)
-        response, ended = _until_end(fed[b][given:], special.eos)
+    for b, (response, ended) in enumerate(drawn):
+        others = max((n for i, n in enumerate(lengths) if i != b), default=0)
         whole = response if ended else without_filler(response, special.pad)
-        found.append(Sample((*prompt, *fed[b][:given]), whole, ended, ended or whole != response))
+        if not ended and len(lengths) > 1 and len(response) > lengths[b] >= max(others, 1):
+            whole = response[: lengths[b]]  # nor did any row go on for longer
+        found.append(Sample((*prompts[b], *fed[b][: given[b]]), whole, ended, ended or whole != response))
     return found
 
 

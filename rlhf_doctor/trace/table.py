@@ -391,6 +391,7 @@ def _put_after(table: Table, placed: Placed, scalar: Floats) -> None:
 def _fill_scores(table: Table, run: Run, setup: RLHFSetup) -> None:
     """The score of each sample: by its ids, by its text, or else by its place in the batch."""
     per_token = np.full((len(table.samples), table.tokens.shape[1]), np.nan)
+    pooled = [p.call.source for p in table.placed if p.call.role == "reward" and p.call.pooled]
     for placed in table.placed:
         call = placed.call
         if call.role != "reward" or call.scalar is None:
@@ -404,6 +405,8 @@ def _fill_scores(table: Table, run: Run, setup: RLHFSetup) -> None:
             continue
         lengths = np.array([len(s.response) for s in table.samples] or [0])
         last = (placed.sample >= 0) & (placed.state == lengths[placed.sample])
+        if any(call.source is source for source in pooled):  # what the model makes of its head's numbers is the score
+            last[:] = False
         for n in np.flatnonzero(last).tolist():
             s = int(placed.sample[n])
             if np.isnan(table.scores[s]):

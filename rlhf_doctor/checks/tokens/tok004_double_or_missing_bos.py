@@ -14,6 +14,7 @@ from rlhf_doctor.instruments.prompts import Prompts
 from rlhf_doctor.instruments.readings import Manifest, TokenizerInfo
 from rlhf_doctor.instruments.round_trips import Pair
 from rlhf_doctor.instruments.stops import generation_stops, ids_in
+from rlhf_doctor.instruments.tracing import Traced
 from rlhf_doctor.instruments.vocabularies import feeding_tokenizer
 
 # Nats a token. GPT-2, which does without, gains under 0.1 by a BOS; Gemma loses several without one.
@@ -23,7 +24,7 @@ COSTLY = 0.5
 @check(
     "TOK004",
     "prompts begin with one BOS and do not end in EOS",
-    stage=Stage.PROBE,
+    stage=Stage.TRACE,
     severity=Severity.WARNING,
     early=Stage.STATIC,
     explains=("TOK006",),
@@ -34,10 +35,12 @@ def double_or_missing_bos(
     prompts: Prompts | None = None,
     encoded_pairs: tuple[Pair, ...] | None = None,
     policy_bos_effect: BosEffect | None = None,
+    traced: Traced | None = None,
 ) -> Iterator[Finding]:
     """
     What it examines:
-        The prompts as they reach the policy: encoded by the setup's tokenizer, or as the ids that are given. How many
+        The prompts as they reach the policy: as the step was seen to encode them, else encoded by the setup's
+        tokenizer, or as the ids that are given. How many
         start with two BOS, how many end in EOS, how many given as ids lack the BOS that the tokenizer puts before a
         text. Where no BOS is there, the policy's likelihood of the same tokens is measured with one in front. And how
         many preference pairs start with two BOS as the reward's tokenizer encodes them, or the one in its folder.
@@ -63,20 +66,25 @@ def double_or_missing_bos(
     """
     if prompts is None and encoded_pairs is None:
         raise Unavailable("needs prompts or preferences")
-    found = list(_of_prompts(setup, manifest, prompts, policy_bos_effect)) if prompts is not None else []
+    fed = () if traced is None else tuple(dict.fromkeys(s.prompt for s in traced.base.samples))
+    found = list(_of_prompts(setup, manifest, prompts, policy_bos_effect, fed)) if prompts is not None else []
     yield from found
     if encoded_pairs and not found:
         yield from _of_pairs(setup, manifest, encoded_pairs)
 
 
 def _of_prompts(
-    setup: Any, manifest: Mapping[Role, Manifest], prompts: Prompts, policy_bos_effect: BosEffect | None
+    setup: Any,
+    manifest: Mapping[Role, Manifest],
+    prompts: Prompts,
+    policy_bos_effect: BosEffect | None,
+    fed: tuple[tuple[int, ...], ...],
 ) -> Iterator[Finding]:
     policy = manifest.get("policy")
     info = feeding_tokenizer(setup, manifest)
     bos = info.bos_id if info else policy.config.get("bos_token_id") if policy else None
     stops = (ids_in(info.eos_id) if info else frozenset()) | (generation_stops(policy)[0] if policy else frozenset())
-    rows = [row for row in prompts.rows if row]
+    rows = [row for row in fed or prompts.rows if row]
     if not rows or (bos is None and not stops):
         raise Unavailable("needs a tokenizer with a BOS or an EOS")
     doubled = [row for row in rows if isinstance(bos, int) and row[:2] == (bos, bos)]
@@ -101,7 +109,7 @@ def _of_prompts(
             "Encode them with add_special_tokens=True.",
             Evidence("ids at the start of a prompt", f"{bos} first", _shown(bare[0][:4]), where="prompts"),
         )
-    elif policy_bos_effect and policy_bos_effect.lost > COSTLY:
+    elif bare and policy_bos_effect and policy_bos_effect.lost > COSTLY:
         e = policy_bos_effect
         yield _finding(
             f"The prompts have no BOS and the policy was trained with one: with a BOS in front it reads the same "
