@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import dis
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,16 @@ def _where(name: str) -> str:
     return f"forward's {name}" if not name.startswith("output") else name.replace("output", "forward's output", 1)
 
 
+def _reads_third(function: Callable[..., Any]) -> bool:
+    """Whether a function of (model, ids, mask) looks at the mask; True where its code does not show it."""
+    code = getattr(function, "__code__", None)
+    if code is None or code.co_argcount < 3:
+        return True
+    mask = code.co_varnames[2]
+    named = (i.argval if isinstance(i.argval, tuple) else (i.argval,) for i in dis.get_instructions(code))
+    return mask in code.co_cellvars or any(mask in names for names in named)
+
+
 class Caller:
     """Calls one model the same way every time, once a way that works has been found.
 
@@ -148,7 +159,7 @@ class Caller:
         self.learn = learn
         self.style: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
         self.description = "calls[...] of the setup" if custom else ""
-        self.takes_mask = True
+        self.takes_mask = custom is None or _reads_third(custom)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> Any:
         """The model's raw output for ids and mask, both (B, T) int64.

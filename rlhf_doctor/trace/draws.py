@@ -337,7 +337,8 @@ def _passes(
             continue
         placed = place(call, places, used[update])
         found, which = placed.row_sample[placed.row_sample >= 0], "new" if update else "old"
-        made.copies[which] += len(found) - len(set(found.tolist()))
+        if "policy" not in table.scattered:
+            made.copies[which] += len(found) - len(set(found.tolist()))
         made.lost[which] += int((placed.row_sample < 0).sum())
         made.placed[which] += len(found)
         logp = _logp(table, placed, table.temperature)

@@ -63,6 +63,12 @@ class Table:
     windows: dict[str, Ints] = field(default_factory=dict)
 
     @cached_property
+    def scattered(self) -> frozenset[Role]:
+        """Roles whose minibatches are drawn from single tokens: a text stands in one again for each of its tokens."""
+        calls = [p for p in self.placed if p.call.backwards]
+        return frozenset(p.call.role for p in calls if _token_by_token(p, _trained(p.call)))
+
+    @cached_property
     def earlier(self) -> list[list[Sample]]:
         """Of each sample the earlier turns that its prompt begins with."""
         return [[other for other in self.samples if sample.follows(other)] for sample in self.samples]
@@ -183,9 +189,48 @@ def _windows(placed: Sequence[Placed]) -> dict[int, int]:
     return found
 
 
+def _trained(call: Call) -> NDArray[np.bool_]:
+    """Where a gradient came back, (N,)."""
+    gradient = call.gradient.get("scalar" if call.role == "value" else "others")
+    return np.zeros(len(call.rows), dtype=bool) if gradient is None else np.asarray(_numbers(gradient) != 0)
+
+
+def _token_by_token(placed: Placed, trained: NDArray[np.bool_]) -> bool:
+    """Whether rows of one sample are trained at one token each, and no two of them at the same."""
+    rows = placed.row_sample[placed.row_sample >= 0]
+    if len(rows) == len(set(rows.tolist())):
+        return False
+    at = trained & (placed.sample >= 0)
+    pairs = list(zip(placed.sample[at].tolist(), placed.state[at].tolist(), strict=True))
+    each = Counter(placed.call.rows.cpu().numpy()[at].tolist())
+    return len(pairs) == len(set(pairs)) and set(each.values()) == {1}
+
+
+class _Firsts:
+    """Which update trains a sample, or a token of minibatches that are made of tokens, first."""
+
+    def __init__(self, table: Table, role: Role) -> None:
+        self.windows = np.full(len(table.samples), -1, dtype=np.int64)
+        self.of_tokens = np.full(table.tokens.shape, -1) if role in table.scattered else None
+
+    def current(self, placed: Placed, window: int) -> Any:
+        """Which of a call's numbers are of the first update on their token."""
+        new = [s for s in set(placed.sample[placed.sample >= 0].tolist()) if self.windows[s] < 0]
+        self.windows[new] = window
+        if self.of_tokens is None:
+            return np.isin(placed.sample, np.flatnonzero(self.windows == window))
+        inside = (placed.sample >= 0) & (placed.state >= 0) & (placed.state < self.of_tokens.shape[1])
+        inside &= _trained(placed.call)
+        where = placed.sample[inside], placed.state[inside]
+        known = self.of_tokens[where]
+        self.of_tokens[where] = np.where(known < 0, window, known)
+        found = np.zeros(len(inside), dtype=bool)
+        found[inside] = self.of_tokens[where] == window
+        return found
+
+
 def _fill_policy(table: Table) -> None:
-    windows = _windows(table.placed)
-    first_window = np.full(len(table.samples), -1, dtype=np.int64)
+    windows, firsts = _windows(table.placed), _Firsts(table, "policy")
     for placed in table.placed:
         call = placed.call
         if call.role not in ("policy", "reference"):
@@ -202,15 +247,13 @@ def _fill_policy(table: Table) -> None:
         if not call.backwards:
             continue
         window = windows[call.order]
-        new = [s for s in set(placed.sample[placed.sample >= 0].tolist()) if first_window[s] < 0]
-        first_window[new] = window
-        current = np.isin(placed.sample, np.flatnonzero(first_window == window))
+        current = firsts.current(placed, window)
         _put(table, "logp", placed, logp, current)
         assert call.entropy is not None
         _put(table, "new_entropy", placed, _numbers(call.entropy), current)
         _decode(table, placed, logp, current)
         _put(table, "window", placed, np.full(len(placed.sample), window), current)
-    table.windows["policy"] = first_window
+    table.windows["policy"] = firsts.windows
 
 
 def _decode(table: Table, placed: Placed, logp: Floats, current: Any) -> None:
@@ -351,8 +394,7 @@ def _outside(table: Table, role: str, placed: Placed, size: Floats, chosen: Any)
 
 
 def _fill_values(table: Table) -> None:
-    windows = _windows(table.placed)
-    first_window = np.full(len(table.samples), -1, dtype=np.int64)
+    windows, firsts = _windows(table.placed), _Firsts(table, "value")
     for placed in table.placed:
         call = placed.call
         if call.role != "value" or call.scalar is None:
@@ -368,15 +410,13 @@ def _fill_values(table: Table) -> None:
                 _put_after(table, placed, scalar)
             continue
         window = windows[call.order]
-        new = [s for s in set(placed.sample[placed.sample >= 0].tolist()) if first_window[s] < 0]
-        first_window[new] = window
-        current = np.isin(placed.sample, np.flatnonzero(first_window == window))
+        current = firsts.current(placed, window)
         gradient = _numbers(call.gradient["scalar"])
         _put(table, "value", placed, scalar, current)
         _put(table, "value_window", placed, np.full(len(placed.sample), window), current)
         _add(table, "value_gradient", placed, gradient, current)
         _outside(table, "value", placed, gradient, current)
-    table.windows["value"] = first_window
+    table.windows["value"] = firsts.windows
 
 
 def _put_after(table: Table, placed: Placed, scalar: Floats) -> None:

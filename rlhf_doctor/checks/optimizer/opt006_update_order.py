@@ -47,6 +47,8 @@ def update_order(traced: Traced, setup: Any) -> Iterator[Finding]:
     from rlhf_doctor.trace.schedule import greedy, schedule, trained_again
 
     found, base = traced.experiments, traced.base
+    if "policy" in base.scattered:
+        raise Unavailable("needs minibatches of responses: these are drawn from single tokens")
     made = schedule(base)
     if not made.windows:
         raise Unavailable("needs rows that the policy is trained on, and none was seen")
