@@ -171,6 +171,8 @@ class Facts:
             except Unavailable:
                 if required:
                     raise
+            if need == "inputs" and role and need in arguments:
+                arguments[need] = arguments[need].for_role(role)
         self.progress(f"{role or 'setup'}: {base}")
         try:
             return known.measure(**arguments)

@@ -49,6 +49,11 @@ def inputs(setup: Any, options: Any, manifest: Mapping[str, Manifest]) -> Inputs
         vocab_size=size,
         padding_side=side,
         from_prompts=from_prompts,
+        others={
+            role: m.tokenizer
+            for role, m in manifest.items()
+            if m.tokenizer and tokenizer and m.tokenizer.fingerprint != tokenizer.fingerprint
+        },
     )
 
 

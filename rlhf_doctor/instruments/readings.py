@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 __all__ = [
@@ -152,6 +152,7 @@ class Inputs:
 
     ``sequences`` are of different lengths, without padding, ending in ``eos_id`` where there is one. ``vocab_size``
     is the smallest embedding among the roles that take the policy's ids. ``from_prompts`` says whether they are text.
+    ``others`` are the tokenizers of roles that have one of their own.
     """
 
     sequences: tuple[tuple[int, ...], ...]
@@ -161,6 +162,24 @@ class Inputs:
     vocab_size: int
     padding_side: str
     from_prompts: bool
+    others: Mapping[str, TokenizerInfo] = field(default_factory=dict)
+
+    def for_role(self, role: str) -> Inputs:
+        """The same with the special tokens of the role's own tokenizer, none of which stands inside of a text."""
+        own = self.others.get(role)
+        if own is None:
+            return self
+        special = {i for i in (own.pad_id, own.bos_id, own.eos_id) if i is not None}
+        ordinary = [i for i in range(self.vocab_size) if i not in special]
+        texts = (tuple(ordinary[t % len(ordinary)] if t in special else t for t in text) for text in self.sequences)
+        return replace(
+            self,
+            sequences=tuple(texts),
+            pad_id=self.pad_id if own.pad_id is None else own.pad_id,
+            eos_id=own.eos_id,
+            bos_id=own.bos_id,
+            padding_side=own.padding_side or self.padding_side,
+        )
 
 
 @dataclass(frozen=True)

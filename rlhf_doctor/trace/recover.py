@@ -22,6 +22,7 @@ __all__ = [
     "Edge",
     "Fit",
     "Recovered",
+    "misread",
     "moved_for_real",
     "policy_response",
     "recover",
@@ -239,6 +240,13 @@ def _line(x: Floats, y: Floats) -> tuple[float, float]:
     return slope, float(y.mean() - slope * x.mean())
 
 
+def misread(base: Table, experiment: Experiment) -> NDArray[np.bool_]:
+    """Where a weight is so near 0 that an entropy bonus is read beside it in one run, and in its place in the other."""
+    bonus = np.nan_to_num(np.abs(base["entropy_weight"])).max(initial=0.0)
+    moved = np.nan_to_num(np.abs(experiment.moved(base, "entropy_weight")))
+    return np.asarray(moved > 0.5 * bonus)
+
+
 def policy_response(made: Recovered, found: Experiments, experiment: Experiment) -> Floats:
     """How the policy's weights moved, in units of the returns where they fit, whitening taken out, (S, T).
 
@@ -247,11 +255,7 @@ def policy_response(made: Recovered, found: Experiments, experiment: Experiment)
     base = found.base
     before = masked(base, base["weight"]) / made.row_scale[:, None]
     after = masked(base, experiment.table["weight"]) / made.row_scale[:, None]
-    # Where a weight is near 0 an entropy bonus is read beside it in one run, and in its place in the other.
-    bonus = np.nan_to_num(np.abs(base["entropy_weight"]))
-    after = np.where(
-        np.nan_to_num(np.abs(experiment.moved(base, "entropy_weight"))) > 0.5 * bonus.max(initial=0.0), np.nan, after
-    )
+    after = np.where(misread(base, experiment), np.nan, after)
     response = after - before
     windows = base["window"]
     as_scaled = _policy_of_scaled(made, found, experiment, after)

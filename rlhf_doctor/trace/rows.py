@@ -12,7 +12,7 @@ from rlhf_doctor.finding import Role
 from rlhf_doctor.trace import changes
 from rlhf_doctor.trace.calls import Change
 from rlhf_doctor.trace.interventions import Experiment, Experiments
-from rlhf_doctor.trace.recover import Recovered
+from rlhf_doctor.trace.recover import Recovered, misread
 from rlhf_doctor.trace.runs import Stepper
 from rlhf_doctor.trace.spans import Spans, left_out, spans
 from rlhf_doctor.trace.table import Table, tabulate
@@ -216,7 +216,7 @@ def _one_other(moves: Floats, touched: Bools, target: str) -> Moved | None:
 def _by_themselves(base: Table, one: Experiment) -> Moved | None:
     """Rows whose scores were left alone, and whose weights moved by more than a line: a mean and deviation give one."""
     before, after = base["weight"], one.table["weight"]
-    known = np.isfinite(before) & np.isfinite(after) & base.real & (before != 0)
+    known = np.isfinite(before) & np.isfinite(after) & base.real & (before != 0) & ~misread(base, one)
     if not known.any():
         return None
     top = float(np.abs(after - before)[known].max())

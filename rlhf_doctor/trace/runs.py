@@ -28,7 +28,8 @@ class Run:
     """What one or more steps from the initial state showed.
 
     ``steps`` holds (order, optimizer, roles) of every optimizer step asked for; ``moved`` the roles whose parameters
-    were other than before at the end, with the largest relative change; ``stopped`` says that the step was ended early.
+    were other than before at the end, with the largest relative change, and ``rescaled`` those of them that are a head
+    of one output times one number, or its bias; ``stopped`` says that the step was ended early.
     """
 
     calls: list[Call]
@@ -40,6 +41,7 @@ class Run:
     returned: Any = None
     error: str = ""
     around: list[tuple[Role, bool, torch.Tensor]] = field(default_factory=list)  # see ``Recorder.around``
+    rescaled: dict[Role, set[str]] = field(default_factory=dict)
 
     def put_back(self, role: Role) -> int:
         """Of how many watched parameters a later update began at their first numbers, which an earlier one had left."""
@@ -113,18 +115,20 @@ class Stepper:
                 error = _said(raised, self.runs)
                 if not may_fail:
                     raise Broken("loop", error) from raised
-            moved = {} if (hold and not self.by_hand and self.runs) else self._moved()
+            moved, rescaled = ({}, {}) if (hold and not self.by_hand and self.runs) else self._moved()
         self.runs += 1
         if self.runs == 1:
             self.trained = frozenset(c.role for c in recorder.calls if c.backwards)
         return Run(
             recorder.calls, recorder.texts, recorder.steps, stopped, moved, boundaries, returned, error,
-            recorder.around,
+            recorder.around, rescaled,
         )  # fmt: skip
 
-    def _moved(self) -> dict[Role, dict[str, float]]:
-        """role -> parameter name -> largest change over largest size, of parameters that are not as they were."""
+    def _moved(self) -> tuple[dict[Role, dict[str, float]], dict[Role, set[str]]]:
+        """role -> parameter name -> largest change over largest size, of parameters that are not as they were; and the
+        names of those that were multiplied, see ``Run``."""
         found: dict[Role, dict[str, float]] = {}
+        rescaled: dict[Role, set[str]] = {}
         for role in MODEL_ROLES:
             module = self.setup.model(role)
             if not isinstance(module, torch.nn.Module):
@@ -136,7 +140,16 @@ class Stepper:
                 size = float(saved.float().abs().max())
                 change = float((parameter.detach().float() - saved.float()).abs().max())
                 found.setdefault(role, {})[name] = change / size if size else float("inf")
-        return found
+                if parameter.numel() == 1 or (parameter.dim() == 2 and len(parameter) == 1 and _scaled(parameter, saved)):
+                    rescaled.setdefault(role, set()).add(name)
+        return found, rescaled
+
+
+def _scaled(now: torch.Tensor, was: torch.Tensor) -> bool:
+    """Whether one number times the old entries gives the new ones."""
+    now, was = now.detach().double().flatten(), was.double().flatten()
+    factor = float(now @ was / (was @ was)) if was.any() else 0.0
+    return factor > 0 and bool((now - factor * was).abs().max() <= 1e-5 * now.abs().max())
 
 
 def _said(error: BaseException, runs: int) -> str:

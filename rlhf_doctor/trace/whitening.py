@@ -85,6 +85,9 @@ def whitening(
     mean, deviation = (np.nan, float(np.std(raw[seen]))) if every is None else (float(every.mean()), float(every.std()))
     count = int(seen.sum()) if every is None else len(every)
     if all(p.misfit < STRAIGHT for p in parts):
+        each = _of_responses(traced, raw) if scale is not None else None
+        if each is not None and all(abs(p.taken - each) < CLOSE * deviation for p in parts):
+            return Whitening("batch", each, mean, deviation, count)
         return Whitening(_kind(traced, declared, parts, mean, deviation), parts[0].taken, mean, deviation, count)
     for kind, places in (("micro-batch", _calls(traced, seen)), ("row", _each_row(seen))):
         smaller = _parts(places, raw, weight)
@@ -96,6 +99,15 @@ def whitening(
     return Whitening(
         "unknown" if taken is None else "pieces", np.nan if taken is None else taken, mean, deviation, count
     )
+
+
+def _of_responses(traced: Traced, raw: Floats) -> float | None:
+    """The mean over responses of advantages that are one number for each, as leave-one-out's are; else None."""
+    rows = [row[real] for row, real in zip(raw, traced.base.real, strict=True)]
+    known = all(len(row) and np.isfinite(row).all() for row in rows)
+    if not known or max(float(np.ptp(row)) for row in rows) > 1e-6 * max(float(np.abs(row).max()) for row in rows):
+        return None
+    return float(np.mean([row[0] for row in rows]))
 
 
 def each_response(traced: Traced) -> int:

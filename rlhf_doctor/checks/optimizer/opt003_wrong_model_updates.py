@@ -49,7 +49,8 @@ def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
     Source:
         https://github.com/huggingface/trl/pull/982 (reward adapter that trains along) and
         https://github.com/deepspeedai/DeepSpeed/issues/3363 (base weights that train beside an adapter);
-        https://github.com/hiyouga/ChatGLM-Efficient-Tuning/issues/255 (a head that is put back after each scoring).
+        https://github.com/hiyouga/ChatGLM-Efficient-Tuning/issues/255 (a head that is put back after each scoring). A
+        critic's head that is multiplied by one number is none: https://arxiv.org/abs/1602.07714 (PopArt).
     """
     found = traced.experiments
     if traced.watched or found.real is None or not found.real.moved:
@@ -71,6 +72,8 @@ def wrong_model_updates(traced: Traced, setup: Any) -> Iterator[Finding]:
             base = role == "policy" and setup.reference == "adapter-off"
             said = "The policy's base, which is the reference with the adapter off," if base else _said(role)
             yield _finding("reference" if base else role, f"{said} has changed", "two whole steps", names)
+        elif role == "value" and role in held and set(held[role]) <= found.first.rescaled.get(role, set()):
+            continue  # PopArt keeps what the values mean where the targets' scale moves
         elif role in TRAINED and role in held and any(role in roles for _, _, roles in found.first.steps):
             yield _finding(
                 role,
