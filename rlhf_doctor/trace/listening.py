@@ -61,14 +61,35 @@ def like(returned: Any, scores: Tensor) -> Any:
     return kind(values) if kind in (list, tuple) else values
 
 
+class _Standin:
+    """An object in another's place: it is called otherwise, and is the other in everything else."""
+
+    def __init__(self, other: Any, call: Callable[..., Any]) -> None:
+        vars(self).update(_other=other, _call=call)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._other, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._other, name, value)
+
+    @property
+    def __class__(self) -> type:
+        return type(self._other)
+
+
 @contextmanager
 def function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
     """Put a listener wherever the program keeps this function: module attributes, instances, closures."""
 
     @functools.wraps(function, updated=())
-    def listened(*args: Any, **kwargs: Any) -> Any:
+    def heard(*args: Any, **kwargs: Any) -> Any:
         return recorder.texts_scored((*args, *kwargs.values()), function(*args, **kwargs))
 
+    listened = heard if callable(getattr(function, "__get__", None)) else _Standin(function, heard)
     setup_fields = vars(recorder.setup)
     undo: list[Callable[[], None]] = []
     if hasattr(function, "__self__") and hasattr(function, "__name__"):
@@ -79,7 +100,7 @@ def function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
             setattr(holder, name, listened)
             undo.append(lambda: setattr(holder, name, before) if had else delattr(holder, name))
     for place in gc.get_referrers(function):
-        if place is setup_fields or place is vars(listened):
+        if place is setup_fields or place is vars(heard) or place is vars(listened):
             continue
         if isinstance(place, dict):
             for key in [k for k, v in place.items() if v is function]:
@@ -89,7 +110,7 @@ def function_tapped(recorder: Recorder, function: Any) -> Iterator[None]:
             type(place).__name__ == "cell"
             and place.cell_contents is function
             and all(
-                place is not own for own in getattr(listened, "__closure__", None) or ()
+                place is not own for own in getattr(heard, "__closure__", None) or ()
             )  # cells are equal where their contents are
         ):
             place.cell_contents = listened
