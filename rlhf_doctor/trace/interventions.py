@@ -116,7 +116,7 @@ def conduct(
     stepper = Stepper(setup, nearby(temperature))
     first = stepper.run()
     _require_policy(first)
-    stepper.by_hand = bool(first.moved)
+    stepper.by_hand = first.written
     base = tabulate(first, setup, temperature)
     if _rounded_throughout(base, setup):
         first, base = _without_rounding(stepper, first, base, temperature)

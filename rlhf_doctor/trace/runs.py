@@ -43,6 +43,11 @@ class Run:
     around: list[tuple[Role, bool, torch.Tensor]] = field(default_factory=list)  # see ``Recorder.around``
     rescaled: dict[Role, set[str]] = field(default_factory=dict)
 
+    @property
+    def written(self) -> bool:
+        """Whether anything moved that is more than a critic's head times one number: that keeps what its values mean."""
+        return any(role != "value" or set(names) - self.rescaled.get(role, set()) for role, names in self.moved.items())
+
     def put_back(self, role: Role) -> int:
         """Of how many watched parameters a later update began at their first numbers, which an earlier one had left."""
         ours = [(after, numbers) for one, after, numbers in self.around if one == role]

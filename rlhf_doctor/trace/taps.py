@@ -180,7 +180,10 @@ class Recorder(TorchFunctionMode):
             for weight in weights:
                 table.setdefault(id(weight), set()).add(role)
         self._widths |= {w.shape[-1] for w in heads}
-        trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad and p.numel() > 1] or list(heads)
+        trained: list[Tensor] = [p for p in module.parameters() if p.requires_grad and p.numel() > 1]
+        if role == "value":  # whose head may be rescaled between updates
+            trained = [p for p in trained if all(p is not head for head in heads)] or trained
+        trained = trained or list(heads)
         self._marks[role] = [trained[0], trained[len(trained) // 2], trained[-1]] if trained else []
 
     def _written_by_hand(self) -> frozenset[int]:
