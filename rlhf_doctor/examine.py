@@ -161,7 +161,7 @@ class Facts:
         excluded = self.options.excluded
         if name in excluded or (role in excluded and known.stage is not Stage.STATIC):
             raise Unavailable(excluded.get(name) or excluded[role or ""])
-        arguments = {}
+        arguments: dict[str, Any] = {}
         for need, required in known.needs.items():
             if need == "role":
                 arguments[need] = role

@@ -89,7 +89,7 @@ def _tried(
             text = changes.of_texts(base, texts, scores)
         else:
             all_made.append(changes.of_scores(base, scores))
-    run, table, _ = run_changed(setup, traced, all_made, text=text)
+    run, table = run_changed(setup, traced, all_made, text=text)
     return Batch(name, pushed, not_finite(table), run.error)
 
 

@@ -365,7 +365,7 @@ class _Conductor:
             self._scored("one score", amounts)
             rank = np.where(ended != ended[chosen], rank, -np.inf)
             if not self._still("one score") or not np.isfinite(rank).any():
-                break  # a constant may stand for the score of a response that does not end, or for that of one that does
+                break  # a constant may stand for the scores of responses without an end, or of those with one
 
     def _still(self, name: str) -> bool:
         """Whether a changed score was read and moved nothing."""

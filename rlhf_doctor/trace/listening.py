@@ -76,7 +76,7 @@ class _Standin:
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self._other, name, value)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._other)
 

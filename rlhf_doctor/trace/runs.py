@@ -14,8 +14,9 @@ from rlhf_doctor.facts import Broken, raised_by_the_setup
 from rlhf_doctor.finding import MODEL_ROLES, Role
 from rlhf_doctor.instruments.models import generator_states, set_generators
 from rlhf_doctor.trace.calls import Call, Change, ScoredTexts
+from rlhf_doctor.trace.flows import Flow, GradientRecorder
 from rlhf_doctor.trace.keep import Snapshot, run_kept
-from rlhf_doctor.trace.taps import Enough, Recorder
+from rlhf_doctor.trace.taps import Enough
 
 if TYPE_CHECKING:
     from rlhf_doctor.setups import RLHFSetup
@@ -42,10 +43,11 @@ class Run:
     error: str = ""
     around: list[tuple[Role, bool, torch.Tensor]] = field(default_factory=list)  # see ``Recorder.around``
     rescaled: dict[Role, set[str]] = field(default_factory=dict)
+    flows: dict[Role, Flow] = field(default_factory=dict)  # where optimizers stepped
 
     @property
     def written(self) -> bool:
-        """Whether anything moved that is more than a critic's head times one number: that keeps what its values mean."""
+        """Whether anything moved but a critic's head by one factor, which keeps what its values mean."""
         return any(role != "value" or set(names) - self.rescaled.get(role, set()) for role, names in self.moved.items())
 
     def put_back(self, role: Role) -> int:
@@ -94,8 +96,9 @@ class Stepper:
         Raises:
             Broken: the step raised, unless it ``may_fail``: then the run carries the error.
         """
-        recorder = Recorder(
+        recorder = GradientRecorder(
             self.setup,
+            listens=not hold,
             temperatures=self.temperatures,
             changes=changes,
             hold=hold,
@@ -109,7 +112,7 @@ class Stepper:
         with run_kept(self.snapshot):
             set_generators(self.generators)
             try:
-                with warnings.catch_warnings(), recorder.watching(), torch.enable_grad():
+                with warnings.catch_warnings(), recorder.watching(), recorder.listening(), torch.enable_grad():
                     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")  # held steps are not counted
                     for _ in range(times):
                         returned = self.setup.step()  # type: ignore[misc]  # checked at the start
@@ -126,7 +129,7 @@ class Stepper:
             self.trained = frozenset(c.role for c in recorder.calls if c.backwards)
         return Run(
             recorder.calls, recorder.texts, recorder.steps, stopped, moved, boundaries, returned, error,
-            recorder.around, rescaled,
+            recorder.around, rescaled, recorder.flows,
         )  # fmt: skip
 
     def _moved(self) -> tuple[dict[Role, dict[str, float]], dict[Role, set[str]]]:
@@ -145,7 +148,9 @@ class Stepper:
                 size = float(saved.float().abs().max())
                 change = float((parameter.detach().float() - saved.float()).abs().max())
                 found.setdefault(role, {})[name] = change / size if size else float("inf")
-                if parameter.numel() == 1 or (parameter.dim() == 2 and len(parameter) == 1 and _scaled(parameter, saved)):
+                if parameter.numel() == 1 or (
+                    parameter.dim() == 2 and len(parameter) == 1 and _scaled(parameter, saved)
+                ):
                     rescaled.setdefault(role, set()).add(name)
         return found, rescaled
 

@@ -211,7 +211,7 @@ class _Firsts:
 
     def __init__(self, table: Table, role: Role) -> None:
         self.windows = np.full(len(table.samples), -1, dtype=np.int64)
-        self.of_tokens = np.full(table.tokens.shape, -1) if role in table.scattered else None
+        self.of_tokens: Ints | None = np.full(table.tokens.shape, -1) if role in table.scattered else None
 
     def current(self, placed: Placed, window: int) -> Any:
         """Which of a call's numbers are of the first update on their token."""

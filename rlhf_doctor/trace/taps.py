@@ -135,7 +135,9 @@ class Recorder(TorchFunctionMode):
         self._given: dict[Role, tuple[Tensor | None, Tensor | None]] = {}
         self._modules: dict[Role, torch.nn.Module] = {}
         self._adapted: list[torch.nn.Module] = []
-        self._adapter: frozenset[int] = frozenset()  # ids of the policy's parameters that are no other library's adapter
+        self._adapter: frozenset[int] = (
+            frozenset()
+        )  # ids of the policy's parameters that are no other library's adapter
         self._adapter_used = False  # since the last lookup of tokens
         self._tokens: dict[int, set[Role]] = {}
         self._heads: dict[int, set[Role]] = {}

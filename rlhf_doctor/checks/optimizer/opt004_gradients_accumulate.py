@@ -12,7 +12,7 @@ from rlhf_doctor.finding import Confidence, Evidence, Finding, Severity, Stage
 from rlhf_doctor.instruments.tracing import Traced
 
 if TYPE_CHECKING:
-    from rlhf_doctor.trace.disturbed import Disturbed, Flow
+    from rlhf_doctor.trace.flows import Flow
 
 
 @check(
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     severity=Severity.ERROR,
     explains=("LOS003", "OPT002", "OPT006", "VAL008"),
 )
-def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Finding]:
+def gradients_accumulate(traced: Traced) -> Iterator[Finding]:
     """
     What it examines:
         What every backward pass brings to some parameters of policy and critic, before it is added up, against what
@@ -48,10 +48,13 @@ def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Findi
         the first pass a gradient must be below 1e-5 of what the pass brings, and at the step above 1e-8 of it: what
         float32 rounds off, and what no norm that is meant nor a loss scale leaves.
     """
-    from rlhf_doctor.trace.disturbed import CUT, LEFT
+    from rlhf_doctor.trace.flows import CUT, LEFT
     from rlhf_doctor.trace.weighting import weighting
 
-    for role, flow in disturbed.flows.items():
+    real = traced.experiments.real
+    if real is None:
+        raise Unavailable("needs a step that can be run with its updates")
+    for role, flow in real.flows.items():
         left = [b for b in flow.before if b > LEFT]
         if left:
             yield _finding(
@@ -63,7 +66,7 @@ def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Findi
                 f"below {LEFT:g}",
             )
             return
-    for role, flow in disturbed.flows.items():
+    for role, flow in real.flows.items():
         if _cut(flow, CUT):
             yield _finding(
                 f"The {spoken(role)}'s gradients are cut to nothing before its optimizer steps. A clip should leave a "
@@ -86,7 +89,7 @@ def gradients_accumulate(traced: Traced, disturbed: Disturbed) -> Iterator[Findi
             f"{read.divisors[0]:.5g}, with {one.tokens} tokens in {one.rows} rows",
             "1% of a count",
         )
-    elif not disturbed.flows or not any(f.before or f.found or f.seen for f in disturbed.flows.values()):
+    elif not any(f.before or f.found or f.seen for f in real.flows.values()):
         raise Unavailable("needs gradients at the parameters of policy or critic, and none was seen")
 
 
@@ -108,7 +111,7 @@ def _finding(message: str, quantity: str, expected: str, observed: str, toleranc
                 expected=expected,
                 observed=observed,
                 tolerance=tolerance,
-                where="a step with its optimizers held back",
+                where="two steps in a row",
             ),
         ),
     )
