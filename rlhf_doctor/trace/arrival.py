@@ -23,7 +23,7 @@ from rlhf_doctor.trace.gains import (
     trusted,
     value_gains,
 )
-from rlhf_doctor.trace.recover import masked
+from rlhf_doctor.trace.recover import masked, return_response
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +34,10 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int64]
     Bools = NDArray[np.bool_]
 
-__all__ = ["Placement", "Reach", "entry", "placement", "reach"]
+__all__ = ["Placement", "Reach", "entry", "placement", "reach", "read_elsewhere"]
+
+
+ANSWERS = 0.5  # of the largest answer: other samples only move a mean or a deviation
 
 
 @dataclass(frozen=True)
@@ -154,6 +157,25 @@ def reach(traced: Traced, declared: Mapping[str, Any]) -> Reach:
         known[row.sample] = True
         dead[row.sample] = float(np.abs(row.gain).max()) < 5 * PRECISE
     return Reach(moved, _sign(traced), _arrives(traced, declared, rewards), dead, known, rewards)
+
+
+def read_elsewhere(traced: Traced) -> list[int]:
+    """The samples whose last token's return, or weight without a critic, answers to the scores of other tokens alone.
+
+    Rewards of every token leave the return of the last one where it was.
+    """
+    changed, base = traced.experiments.done.get("scores of other tokens"), traced.base
+    if changed is None:
+        return []
+    rows, last = np.arange(len(base.samples)), np.maximum(base.real.sum(1) - 1, 0)
+    if critic_free(traced):
+        answer, size = changed.moved(base, "weight")[rows, last], STILL * np.abs(masked(base, base["weight"]))
+    else:
+        answer = return_response(traced.recovered, traced.experiments, changed)[rows, last]
+        size = NOTHING * np.abs(changed.amounts)
+    answer = np.where(trusted(traced), np.nan_to_num(np.abs(answer)), 0.0)
+    least = max(ANSWERS * float(answer.max(initial=0.0)), float(np.nan_to_num(size).max(initial=0.0)))
+    return [int(s) for s in np.flatnonzero(changed.touched & (answer > least))]
 
 
 def _deaf(traced: Traced) -> bool:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-__all__ = ["at_columns", "at_states", "at_tokens", "is_old", "is_update", "of_scores", "of_texts"]
+__all__ = ["at_columns", "at_states", "at_tokens", "is_old", "is_update", "of_other_scores", "of_scores", "of_texts"]
 
 Chosen = Callable[[Placed], bool]
 
@@ -99,6 +99,25 @@ def of_scores(table: Table, amounts: Floats) -> Change:
         if np.any(delta):
             deltas[placed.call.nth] = delta
     return Change("reward", lambda call, output: _added(call, output, deltas))
+
+
+def of_other_scores(table: Table, amounts: Floats) -> Change | None:
+    """Add ``amounts`` (S,) to the reward model's numbers at every token of the samples but their last one.
+
+    Rows that do not hold the last token, or are one number each, are left alone; None where that are all.
+    """
+    deltas: dict[int, Floats] = {}
+    lengths = np.array([len(s.response) for s in table.samples] or [0])
+    for placed in table.placed:
+        if placed.call.role != "reward" or placed.call.pooled:
+            continue
+        last = (placed.sample >= 0) & (placed.state == lengths[np.maximum(placed.sample, 0)])
+        rows = placed.call.rows.cpu().numpy()
+        whole = np.isin(rows, rows[last])
+        delta = np.where(whole & ~last, amounts[np.maximum(placed.row_sample[rows], 0)], 0.0)
+        if np.any(delta):
+            deltas[placed.call.nth] = delta
+    return Change("reward", lambda call, output: _added(call, output, deltas)) if deltas else None
 
 
 def of_texts(table: Table, orders: Mapping[int, int], amounts: Floats) -> Callable[[int, list[float]], list[float]]:

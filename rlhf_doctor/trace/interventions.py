@@ -302,6 +302,7 @@ class _Conductor:
         }
         if np.isfinite(self.base.scores).any():
             plan |= {"one score": self._one_score, "all scores": self._all_scores}
+            plan |= {"scores of other tokens": self._other_scores}
         else:
             self.found.reasons["one score"] = self.found.reasons["all scores"] = self._no_scores()
         return Changed(plan, self.made)
@@ -379,6 +380,15 @@ class _Conductor:
         inward = np.where(scores > np.nanmedian(scores), -1, 1)
         amounts = size * np.random.default_rng(self.seed).uniform(0.2, 1.0, len(scores)) * inward
         self._scored("all scores", np.where(np.isfinite(scores), amounts, 0.0))
+
+    def _other_scores(self) -> None:
+        """The scores at every token but the last one of a response: no loop has anything to do with these."""
+        amounts = np.where(np.isfinite(self.base.scores), self._size(self.base.scores), 0.0)[self.twin]
+        change = changes.of_other_scores(self.base, amounts)
+        if change is None:
+            self.found.reasons["scores of other tokens"] = "the reward model gives one number a row"
+            return
+        self._run("scores of other tokens", amounts, amounts != 0, change)
 
     def _size(self, scores: Floats) -> float:
         """A quarter of the scores' spread: towards the middle, so that no clip of theirs is met."""

@@ -31,7 +31,8 @@ def reward_reads_wrong_token(
         causal model the score read at a position depends on that position and on nothing after it. Where pad and eos
         are one id, the token before the final eos is what every implementation reads, and is fine. A fault that only
         shows under the padding side that this setup does not use is info: reading index -1 is right with left padding.
-        Where the step can be run, the rows that it scores tell which side they are padded on.
+        Where the step can be run, the rows that it scores tell which side they are padded on; and where the loop itself
+        picks one of a row's numbers, those at all tokens but the last real one are changed: no target may move.
 
     Why it matters:
         Only the last real token has seen the whole response. A score read at a pad, at the first eos of a
@@ -64,6 +65,8 @@ def reward_reads_wrong_token(
     sides = (padded_sides(traced) if traced is not None else set()) or {side_of(setup, reward_manifest)}
     grave = {n: case for n, case in wrong.items() if any(side_severity(n, side) is None for side in sides)}
     cases = grave or wrong
+    if not grave and traced is not None and not setup.declared.get("dense_rewards"):
+        yield from _by_the_loop(traced, {inputs.eos_id} if same_id else set())
     if not cases:
         return
     name = next(iter(cases))
@@ -88,6 +91,28 @@ def reward_reads_wrong_token(
             for n, (read, last, length) in cases.items()
         ),
     )
+
+
+def _by_the_loop(traced: Traced, ends_alike: set[int | None]) -> Iterator[Finding]:
+    """Responses whose score the loop takes from another token; an end that is the pad as well may be left out."""
+    from rlhf_doctor.trace.arrival import read_elsewhere
+
+    rows = [s for s in read_elsewhere(traced) if traced.base.samples[s].response[-1] not in ends_alike]
+    if rows:
+        yield Finding(
+            f"The loop reads the score of {len(rows)} of {len(traced.base.samples)} responses at another token than "
+            "the last real one. Read it at the last position whose attention mask is 1.",
+            role="reward",
+            confidence=Confidence.PROVEN,
+            evidence=(
+                Evidence(
+                    "responses that answer when the reward model's numbers at all tokens but their last one move",
+                    expected="0",
+                    observed=str(len(rows)),
+                    where="samples " + ", ".join(map(str, rows[:8])),
+                ),
+            ),
+        )
 
 
 def padded_sides(traced: Traced) -> set[str]:
