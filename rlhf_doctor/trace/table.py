@@ -15,6 +15,7 @@ import torch
 
 from rlhf_doctor.finding import Role
 from rlhf_doctor.trace.calls import CANDIDATES, Call
+from rlhf_doctor.trace.firsts import Firsts, token_by_token, windows_of
 from rlhf_doctor.trace.grown import fed_tokens
 from rlhf_doctor.trace.places import Placed, Places, complete_samples, place
 from rlhf_doctor.trace.runs import Run
@@ -66,7 +67,7 @@ class Table:
     def scattered(self) -> frozenset[Role]:
         """Roles whose minibatches are drawn from single tokens: a text stands in one again for each of its tokens."""
         calls = [p for p in self.placed if p.call.backwards]
-        return frozenset(p.call.role for p in calls if _token_by_token(p, _trained(p.call)))
+        return frozenset(p.call.role for p in calls if token_by_token(p))
 
     @cached_property
     def earlier(self) -> list[list[Sample]]:
@@ -175,62 +176,8 @@ def _wanted(table: Table, placed: Placed) -> Ints:
     return found
 
 
-def _windows(placed: Sequence[Placed]) -> dict[int, int]:
-    """order of a call -> updates of its role before it, seen by its optimizer steps or by its weights having moved."""
-    found: dict[int, int] = {}
-    moved: dict[Role, tuple[Any, int]] = {}
-    for p in placed:
-        call = p.call
-        known, count = moved.get(call.role, (None, 0))
-        if known is not None and call.weights is not None and not torch.equal(known, call.weights):
-            count += 1
-        moved[call.role] = (call.weights, count)
-        found[call.order] = max(call.window, count)
-    return found
-
-
-def _trained(call: Call) -> NDArray[np.bool_]:
-    """Where a gradient came back, (N,)."""
-    gradient = call.gradient.get("scalar" if call.role == "value" else "others")
-    return np.zeros(len(call.rows), dtype=bool) if gradient is None else np.asarray(_numbers(gradient) != 0)
-
-
-def _token_by_token(placed: Placed, trained: NDArray[np.bool_]) -> bool:
-    """Whether rows of one sample are trained at one token each, and no two of them at the same."""
-    rows = placed.row_sample[placed.row_sample >= 0]
-    if len(rows) == len(set(rows.tolist())):
-        return False
-    at = trained & (placed.sample >= 0)
-    pairs = list(zip(placed.sample[at].tolist(), placed.state[at].tolist(), strict=True))
-    each = Counter(placed.call.rows.cpu().numpy()[at].tolist())
-    return len(pairs) == len(set(pairs)) and set(each.values()) == {1}
-
-
-class _Firsts:
-    """Which update trains a sample, or a token of minibatches that are made of tokens, first."""
-
-    def __init__(self, table: Table, role: Role) -> None:
-        self.windows = np.full(len(table.samples), -1, dtype=np.int64)
-        self.of_tokens: Ints | None = np.full(table.tokens.shape, -1) if role in table.scattered else None
-
-    def current(self, placed: Placed, window: int) -> Any:
-        """Which of a call's numbers are of the first update on their token."""
-        new = [s for s in set(placed.sample[placed.sample >= 0].tolist()) if self.windows[s] < 0]
-        self.windows[new] = window
-        if self.of_tokens is None:
-            return np.isin(placed.sample, np.flatnonzero(self.windows == window))
-        inside = (placed.sample >= 0) & (placed.state >= 0) & (placed.state < self.of_tokens.shape[1])
-        inside &= _trained(placed.call)
-        where = placed.sample[inside], placed.state[inside]
-        known = self.of_tokens[where]
-        self.of_tokens[where] = np.where(known < 0, window, known)
-        found = np.zeros(len(inside), dtype=bool)
-        found[inside] = self.of_tokens[where] == window
-        return found
-
-
 def _fill_policy(table: Table) -> None:
-    windows, firsts = _windows(table.placed), _Firsts(table, "policy")
+    windows, firsts = windows_of(table.placed), Firsts(table.tokens.shape, scattered="policy" in table.scattered)
     for placed in table.placed:
         call = placed.call
         if call.role not in ("policy", "reference"):
@@ -394,7 +341,7 @@ def _outside(table: Table, role: str, placed: Placed, size: Floats, chosen: Any)
 
 
 def _fill_values(table: Table) -> None:
-    windows, firsts = _windows(table.placed), _Firsts(table, "value")
+    windows, firsts = windows_of(table.placed), Firsts(table.tokens.shape, scattered="value" in table.scattered)
     for placed in table.placed:
         call = placed.call
         if call.role != "value" or call.scalar is None:
