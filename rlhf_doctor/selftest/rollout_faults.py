@@ -24,6 +24,7 @@ __all__ = [
     "sample_attending_to_pads",
     "sample_seeded",
     "sample_without_start",
+    "score_at_the_last_column",
     "scores_of_others",
     "stale",
     "trains_past_the_end",
@@ -166,6 +167,12 @@ def altered(change: Callable[[Any, int], Any]) -> Callable[..., Rollout]:
 def scores_of_others(reward: Any, rollout: Rollout, **kwargs: Any) -> Any:
     """The scores come back in another order."""
     return score(reward, rollout, **kwargs).flip(0)
+
+
+def score_at_the_last_column(reward: Any, rollout: Rollout, *, missing_eos_penalty: float = 0.0) -> Any:
+    """A pad's for every response that is shorter than the longest."""
+    per_token = roles.scalars(reward, rollout.ids, rollout.attention_mask)
+    return per_token[:, -1] - missing_eos_penalty * (~rollout.ended)
 
 
 def values_of_others(model: Any, ids: Any, attention_mask: Any) -> Any:

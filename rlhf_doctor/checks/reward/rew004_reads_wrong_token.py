@@ -200,3 +200,11 @@ def _padded_right(setup: Any) -> Any:
     tokenizer = copy.deepcopy(setup.tokenizer)
     tokenizer.padding_side = "right"
     return setup.but(tokenizer=tokenizer)
+
+
+@reward_reads_wrong_token.fault("the loop takes the last column of every row")
+def _(healthy: Any) -> Any:
+    from rlhf_doctor.selftest import rollout_faults
+    from rlhf_doctor.selftest.loops import reference_step
+
+    return reference_step(healthy, parts={"score": rollout_faults.score_at_the_last_column})
