@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -201,9 +202,15 @@ def _tolerance(policy: Predictions, other: Predictions) -> float:
 def _adapter_off(live: Live) -> Iterator[bool]:
     """Switch every adapter layer of a PEFT model off by its own flag, and back; whether there was one to switch.
 
-    A merged adapter cannot be switched off without changing weights, so it counts as none.
+    A merged adapter cannot be switched off without changing weights, so it counts as none. A hand-written one is
+    switched by its ``disable_adapter``, where that is written as a context manager, which puts it back itself.
     """
     layers = [m for m in live.module.modules() if isinstance(getattr(m, "_disable_adapters", None), bool)]
+    by_hand = getattr(live.module, "disable_adapter", None)
+    if not layers and callable(by_hand) and inspect.isgeneratorfunction(inspect.unwrap(by_hand)):
+        with by_hand():
+            yield True
+        return
     usable = [m for m in layers if not getattr(m, "merged", False) and not m._disable_adapters]
     if not usable or len(usable) < len([m for m in layers if not m._disable_adapters]):
         yield False
