@@ -159,7 +159,7 @@ class Caller:
         self.learn = learn
         self.style: Callable[[torch.Tensor, torch.Tensor], Any] | None = None
         self.description = "calls[...] of the setup" if custom else ""
-        self.takes_mask = custom is None or _reads_third(custom)
+        self.takes_mask = custom is None or _reads_third(custom) or any("mask" in name for name in self.signature)
 
     def __call__(self, ids: torch.Tensor, mask: torch.Tensor, **more: Any) -> Any:
         """The model's raw output for ids and mask, both (B, T) int64.

@@ -27,6 +27,7 @@ BENT = 5e-3  # of the range: some times that is no rounding
 BETTER = 0.1  # of what returns − values leave: what explains the weights must leave less
 FEW = 10  # tokens of an update
 APART = 0.05  # of a factor
+DRIFT = 1.25  # between a batch's statistics and the next one's; a fault leaves the whole scale of the returns
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def scales_apart(traced: Traced) -> Scales | None:
             misfit, tokens = min(misfit, found[1]), tokens + int(at.sum())
         if factors and np.ptp(factors) < APART * abs(factors[0]) and misfit > BENT and np.isfinite(factors).all():
             factor = float(np.median(factors))
-            if factor > APART and abs(factor - 1) > APART:
+            if factor > APART and not 1 / DRIFT < factor < DRIFT:
                 return Scales(factor, misfit, tokens)
     return None
 

@@ -160,22 +160,19 @@ def reach(traced: Traced, declared: Mapping[str, Any]) -> Reach:
 
 
 def read_elsewhere(traced: Traced) -> list[int]:
-    """The samples whose last token's return, or weight without a critic, answers to the scores of other tokens alone.
+    """The ended samples whose last token's return answers to the scores of other tokens alone; none without a critic.
 
-    Rewards of every token leave the return of the last one where it was.
+    Rewards of every token leave the return of the last one where it was. What was cut may have got an end for scoring.
     """
     changed, base = traced.experiments.done.get("scores of other tokens"), traced.base
-    if changed is None:
+    if critic_free(traced) or changed is None:
         return []
     rows, last = np.arange(len(base.samples)), np.maximum(base.real.sum(1) - 1, 0)
-    if critic_free(traced):
-        answer, size = changed.moved(base, "weight")[rows, last], STILL * np.abs(masked(base, base["weight"]))
-    else:
-        answer = return_response(traced.recovered, traced.experiments, changed)[rows, last]
-        size = NOTHING * np.abs(changed.amounts)
-    answer = np.where(trusted(traced), np.nan_to_num(np.abs(answer)), 0.0)
-    least = max(ANSWERS * float(answer.max(initial=0.0)), float(np.nan_to_num(size).max(initial=0.0)))
-    return [int(s) for s in np.flatnonzero(changed.touched & (answer > least))]
+    answer = np.abs(return_response(traced.recovered, traced.experiments, changed)[rows, last])
+    answer = np.where(trusted(traced), np.nan_to_num(answer), 0.0)
+    least = max(ANSWERS * float(answer.max(initial=0.0)), NOTHING * float(np.abs(changed.amounts).max(initial=0.0)))
+    ended = np.array([s.ended for s in base.samples], dtype=bool)
+    return [int(s) for s in np.flatnonzero(changed.touched & ended & (answer > least))]
 
 
 def _deaf(traced: Traced) -> bool:

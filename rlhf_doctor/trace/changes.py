@@ -113,11 +113,25 @@ def of_other_scores(table: Table, amounts: Floats) -> Change | None:
             continue
         last = (placed.sample >= 0) & (placed.state == lengths[np.maximum(placed.sample, 0)])
         rows = placed.call.rows.cpu().numpy()
-        whole = np.isin(rows, rows[last])
+        whole = np.isin(rows, rows[last]) & ~np.isin(rows, _goes_on(table, placed))
         delta = np.where(whole & ~last, amounts[np.maximum(placed.row_sample[rows], 0)], 0.0)
         if np.any(delta):
             deltas[placed.call.nth] = delta
     return Change("reward", lambda call, output: _added(call, output, deltas)) if deltas else None
+
+
+def _goes_on(table: Table, placed: Placed) -> list[int]:
+    """Rows of a call with more than filler behind their sample's last token: what that is, the loop knows better."""
+    ids, mask = placed.call.ids.cpu().numpy(), placed.call.source.mask
+    found = []
+    for b, s in enumerate(placed.row_sample.tolist()):
+        behind = ids[b, placed.starts.get(s, 0) + len(table.samples[s].tokens) :] if s >= 0 else ids[b, :0]
+        if mask is not None and mask.shape == ids.shape and s >= 0:
+            shown = mask[b].cpu().numpy().astype(bool)[len(ids[b]) - len(behind) :]
+            behind = behind[shown]
+        if len(set(behind.tolist())) > 1 or (mask is not None and len(behind)):
+            found.append(b)
+    return found
 
 
 def of_texts(table: Table, orders: Mapping[int, int], amounts: Floats) -> Callable[[int, list[float]], list[float]]:

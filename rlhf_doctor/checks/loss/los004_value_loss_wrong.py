@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from rlhf_doctor.trace.disturbed import Disturbed
 
 FEW = 6
-DRIFT = 1.25  # between a batch's statistics and the next one's; a fault leaves the whole scale of the returns
 
 
 @check(
@@ -116,23 +115,16 @@ def value_loss_wrong(traced: Traced, setup: Any, disturbed: Disturbed | None = N
             ("move of a target with its own state's rollout value", "0", f"{falls:.3g}"),
         )
     elif (scales := scales_apart(traced)) is not None:
-        drifts = 1 / DRIFT < scales.factor < DRIFT  # as running statistics do from step to step
         yield _finding(
             "The critic's targets are on another scale than the values that are taken off for the advantages: a unit "
-            f"of a value counts {scales.factor:.3g} in its target. "
-            + (
-                "Where running statistics of the returns moved in between this is normal, and PopArt spares it."
-                if drifts
-                else "Normalise both or neither: scale the values back before they are used, with the numbers that the "
-                "returns were scaled with."
-            ),
+            f"of a value counts {scales.factor:.3g} in its target. Normalise both or neither: scale the values back "
+            "before they are used, with the numbers that the returns were scaled with.",
             (
                 "factor of the value in target = c · advantage + factor · value + constant, which fits every token",
                 "1",
                 f"{scales.factor:.4g}, over {scales.tokens} tokens (a factor of 1 leaves {scales.misfit:.2g} of the "
                 "targets' range)",
             ),
-            Severity.INFO if drifts else None,
         )
 
 
@@ -148,12 +140,11 @@ def _left_out(traced: Traced, setup: Any) -> Iterator[Finding]:
     )
 
 
-def _finding(message: str, shown: tuple[str, str, str], severity: Severity | None = None) -> Finding:
+def _finding(message: str, shown: tuple[str, str, str]) -> Finding:
     quantity, expected, observed = shown
     return Finding(
         message,
         role="value",
-        severity=severity,
         confidence=Confidence.PROVEN,
         evidence=(
             Evidence(quantity, expected=expected, observed=observed, where="the gradient at the critic's output"),

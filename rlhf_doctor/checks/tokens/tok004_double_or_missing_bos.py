@@ -74,11 +74,7 @@ def double_or_missing_bos(
 
 
 def _of_prompts(
-    setup: Any,
-    manifest: Mapping[Role, Manifest],
-    prompts: Prompts,
-    policy_bos_effect: BosEffect | None,
-    fed: tuple[tuple[int, ...], ...],
+    setup: Any, manifest: Mapping[Role, Manifest], prompts: Prompts, policy_bos_effect: BosEffect | None, fed: Any
 ) -> Iterator[Finding]:
     policy = manifest.get("policy")
     info = feeding_tokenizer(setup, manifest)
