@@ -220,6 +220,10 @@ class Recorder(TorchFunctionMode):
             return (roles - {"policy"}) | {"reference"}
         return roles
 
+    def _may_act(self, roles: frozenset[Role]) -> frozenset[Role]:
+        """The same before its pass, which alone tells whether an adapter that was written by hand takes part."""
+        return roles | {"reference"} if self._adapter and "policy" in roles else self._acting(roles)
+
     # ---- the tap -----------------------------------------------------------------------------------------------
 
     def __torch_function__(
@@ -410,7 +414,7 @@ class Recorder(TorchFunctionMode):
         def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             self._stack.append(roles)
             mask, positions = mask_and_positions(args, kwargs)
-            for role in {*roles, "reference"} if self._adapter and "policy" in roles else self._acting(roles):
+            for role in self._may_act(roles):
                 self._given[role] = (mask, positions)
                 self._seen_heads.pop(role, None)
                 self._lookups.pop(role, None)
@@ -544,7 +548,7 @@ class Recorder(TorchFunctionMode):
     def _noted(self, roles: frozenset[Role]) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             mask, positions = mask_and_positions(args, kwargs)
-            for role in {*roles, "reference"} if self._adapter and "policy" in roles else self._acting(roles):
+            for role in self._may_act(roles):
                 inside = any(role in active for active in self._stack)
                 before = self._given.get(role, (None, None)) if inside else (None, None)
                 self._given[role] = (before[0] if mask is None else mask, before[1] if positions is None else positions)

@@ -40,10 +40,10 @@ def double_or_missing_bos(
     """
     What it examines:
         The prompts as they reach the policy: as the step was seen to encode them, else encoded by the setup's
-        tokenizer, or as the ids that are given. How many
-        start with two BOS, how many end in EOS, how many given as ids lack the BOS that the tokenizer puts before a
-        text. Where no BOS is there, the policy's likelihood of the same tokens is measured with one in front. And how
-        many preference pairs start with two BOS as the reward's tokenizer encodes them, or the one in its folder.
+        tokenizer, or as the ids that are given. How many start with two BOS, how many end in EOS, how many given as ids
+        lack the BOS that the tokenizer puts before a text. Where no BOS is there, the policy's likelihood of the same
+        tokens is measured with one in front. And how many preference pairs start with two BOS as the reward's tokenizer
+        encodes them, or the one in its folder.
 
     Why it matters:
         A chat template that writes <s> and a tokenizer that adds one make two, in some stages and not in others. A
